@@ -1,0 +1,523 @@
+"""Cl-InfoNCE (Tsai, Li, Liu, Liao, Salakhutdinov, Morency: Learning Weakly-Supervised Contrastive
+Representations, ICLR 2022, arXiv 2202.06670; earlier version arXiv 2106.02869).
+
+Auxiliary information (attributes, a class hierarchy), or K-means on the features, gives every
+image a cluster id Z. Views of images of one cluster are positives of each other. The labels E1 to
+E8 are those of this project: the paper's own equation numbers could not be checked.
+
+    u_a . u_c / T = s_ac,  A(a) = all views but a,  P(a) = views in A(a) of a's cluster
+    l_a = -(T/T0) 1/|P(a)| sum_{c in P(a)} [ s_ac - log sum_{c' in A(a)} exp s_ac' ]         E1
+    L   = mean_a l_a                              (the Cl-InfoNCE objective of Sec. 3)       E1
+    Z = image id: InfoNCE (SimCLR's NT-Xent times T/T0).  Z = class: SupCon.                 E3
+    dual head: L = E1 on head 1 with Z = image id, T0 = T (E5), plus on head 2, G detached,
+    h(q, G) = -1/b sum_i 1/|M_i| sum_{j in M_i} log softmax_j(q_i . G_j / T)                 E6
+    L_cl = ( h(q1, G2) + h(q2, G1) ) / 2,  M_i = images j with z_j = z_i
+    attributes: by entropy H_j = -sum_v p_v log2 p_v, Z = the tuple of the k highest         E7
+    K-means: Z = nearest of k centroids of the 128-d embeddings, anew every epoch            E8
+
+Sees:   images and one column of ids (--clusters); nothing else with kmeans or instance.
+State:  the network, and one id per image (8 bytes).
+Shapes: N images, B global batch, b rows of this rank, V views, D embedding width, K clusters.
+
+    torchrun --standalone --nproc_per_node=2 clinfonce.py              # demo on 2 CPU cores, 2 min
+    python clinfonce.py --recipe cifar10 --download                    # one GPU
+    torchrun --nproc_per_node=4 clinfonce.py --recipe cifar10          # four GPUs, the same curve
+    torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100 --data-dir DIR --hierarchy FILE
+    torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100-kmeans --data-dir DIR
+    torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100-dual --data-dir DIR
+Time, memory and results: README (what was measured here; the full-length recipes are not yet).
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+# ---------------------------------------------------------------------------------- recipes
+
+# [R] the authors' main repository, [D] their dual-head repository, [M] an earlier one of theirs,
+# [K] chosen for this project, not tuned and not from the paper
+PAPER = dict(  # [R] run_clinfonce.sh, util.py; Cl-InfoNCE's own augmentation has no blur
+    momentum=0.95, nesterov=True, weight_decay=1e-4, schedule="warmup33", base_tau=0.07,
+    crop=[0.4, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2)
+SMALL = dict(  # [K] plain NT-Xent scale (T0 = T), one warm-up epoch, cosine to 0
+    tau=0.2, base_tau=0.2, lr=0.5, momentum=0.9, nesterov=True, weight_decay=1e-4,
+    schedule="cosine", warmup=1, batch_size=256, channels_last=True)
+ATTRIBUTES = dict(  # [K] card section 4: no released script for CUB, UT-Zappos, Wider
+    PAPER, dataset="csv", arch="resnet50", clusters="10", tau=0.1, epochs=1000, batch_size=128,
+    lr=0.1)
+RECIPES = {
+    "demo": dict(SMALL, clusters="coarse", epochs=20, crop=[0.5, 1.0]),
+    "c100-small": dict(  # the protocol that all methods share on a CPU
+        SMALL, dataset="cifar100", limit_train=10000, epochs=15,
+        crop=[0.08, 1.0],                           # SimCLR B.9: crop, flip, jitter 0.5, no blur
+        clusters="instance", k=100, kmeans_warmup=5, knn_every=15),
+    "cifar10": dict(  # [K] an extension: the paper has no CIFAR
+        SMALL, dataset="cifar10", arch="resnet18", stem="cifar", epochs=200, batch_size=512, lr=1.0,
+        warmup=10, clusters="kmeans", k=1000, kmeans_warmup=20, knn_every=10, amp="auto"),
+    "cifar100": dict(
+        SMALL, dataset="cifar100", arch="resnet18", stem="cifar", epochs=200, batch_size=512,
+        lr=1.0, warmup=10, clusters="kmeans", k=1000, kmeans_warmup=20, knn_every=10, amp="auto"),
+    "fashion": dict(  # [K] product photographs with eight attributes, see README
+        SMALL, dataset="npz", train_file="fashion_attributes_96.npz", image_size=64, epochs=15,
+        label="articleType", clusters="attributes:2"),
+    "utzappos": dict(ATTRIBUTES, stem="cifar", image_size=32,  # [M] 32 px
+                     mean=[0.8342, 0.8142, 0.8081], std=[0.2804, 0.3014, 0.3072]),  # [R]
+    "cub": dict(ATTRIBUTES, image_size=224,
+                mean=[0.4863, 0.4999, 0.4312], std=[0.2070, 0.2018, 0.2428]),  # [R]
+    "wider": dict(ATTRIBUTES, image_size=224, batch_size=40,  # [M] batch
+                  mean=[0.4772, 0.4405, 0.4100], std=[0.2960, 0.2876, 0.2935]),  # [R]
+    "imagenet100": dict(  # [R] run_clinfonce.sh
+        PAPER, dataset="folder", arch="resnet50", image_size=224, clusters="level_12",
+        tau=0.1, epochs=300, lr=0.01, batch_size=128, save_every=10, knn_every=50),
+    "imagenet100-kmeans": dict(  # [R] run_clinfonce_kmeans.sh
+        PAPER, dataset="folder", arch="resnet50", image_size=224, clusters="kmeans", k=2500,
+        kmeans_warmup=0, tau=0.2, epochs=200, lr=0.03, batch_size=128, save_every=10, knn_every=50),
+    "imagenet100-dual": dict(  # [D] script/train.sh, clinfonce.py
+        dataset="folder", arch="resnet50", image_size=224, clusters="kmeans", k=2500, dual=True,
+        tau=0.1, epochs=200, optimizer="lars", lr=0.8485,  # 0.075 sqrt(128)
+        weight_decay=1e-6, schedule="cosine", warmup=5, kmeans_warmup=5, batch_size=128,
+        sync_bn=True, crop=[0.08, 1.0], jitter=[0.8, 0.8, 0.8, 0.2], blur=0.5, knn_every=50,
+        save_every=5),
+}
+WEAK = dict(crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))  # [D] dual head, warm-up epochs
+
+# ---------------------------------------------------------------------------------- loss
+
+
+def cl_infonce(z, ids=None, mask=None, keys=None, key_ids=None, first=0, tau=0.1, base_tau=0.07,
+               mode="all", reduction="mean"):
+    """Cl-InfoNCE (E1), or with given weights of the pairs (E2); mean over this rank's anchors.
+
+    With neither ids nor mask every image is its own cluster (E3); with base_tau = tau that is the
+    instance head of the dual form (E5).
+
+    Args:
+        z: (V, b, D) embeddings of this rank's rows, unit-norm for the paper's loss; more
+            dimensions are flattened.
+        ids: (b,) int64 cluster of each row, any values.  key_ids: (B,) those of the global batch.
+        mask: (b, B) weights M of this rank's rows, may be asymmetric and not binary (E2).
+        keys: (V, B, D) embeddings of the global batch in rank order; z itself on one rank.
+        first: global row of z[:, 0].
+        tau, base_tau: T > 0, and T0 of the factor T/T0.
+        mode: "all" views are anchors, or "one": view 0 only.
+        reduction: "mean", or "none": (V, b), 0 where an anchor has no positive.
+
+    Returns: scalar, the mean over the anchors that have a positive (with two views and ids: all).
+        Its mean over ranks is the loss of one process over the global batch.
+    Raises: ValueError for a wrong shape or argument.
+    """
+    if z.ndim < 3:
+        raise ValueError(f"features must be [views, rows, D], got {tuple(z.shape)}")
+    if ids is not None and mask is not None:
+        raise ValueError("give ids or mask, not both")
+    if mode not in ("all", "one") or reduction not in ("mean", "none"):
+        raise ValueError(f"unknown mode {mode!r} or reduction {reduction!r}")
+    if not tau > 0:
+        raise ValueError(f"tau must be above 0, got {tau}")
+    z = z.flatten(2)
+    keys = z if keys is None else keys.flatten(2)
+    V, b, _ = z.shape
+    B = keys.shape[1]
+    row = torch.arange(b, device=z.device)
+    if ids is not None:
+        key_ids = ids if key_ids is None else key_ids
+        if ids.shape != (b,) or key_ids.shape != (B,):
+            raise ValueError(f"{len(ids)} and {len(key_ids)} ids for {b} rows and {B} keys")
+        mask = ids[:, None] == key_ids[None]
+    elif mask is None:
+        mask = first + row[:, None] == torch.arange(B, device=z.device)  # the row's own image
+    elif mask.shape != (b, B):
+        raise ValueError(f"mask must be {(b, B)}, got {tuple(mask.shape)}")
+
+    A = V if mode == "all" else 1  # views that are anchors
+    s = z[:A].flatten(0, 1) @ keys.flatten(0, 1).T / tau  # (A*b, V*B)
+    view = torch.arange(A, device=z.device)
+    itself = (view[:, None] * B + first + row).flatten()[:, None]  # column where anchor a meets a
+    log_p = s.scatter(1, itself, float("-inf")).log_softmax(1)  # denominator A(a) of E1
+    w = mask.to(z.dtype).repeat(A, V).scatter(1, itself, 0.0)  # (A*b, V*B), P(a) of E1, w of E2
+    positives = w.sum(1)
+    # w = 0 at the column of the anchor itself, but 0 * -inf is not 0
+    l = -(w * log_p.scatter(1, itself, 0.0)).sum(1)
+    has = positives > 0
+    # differs from the released code: there an anchor without positive makes everything NaN
+    l = tau / base_tau * l / positives.where(has, torch.ones_like(positives))
+    return l.unflatten(0, (A, b)) if reduction == "none" else l.sum() / has.sum().clamp(min=1)
+
+
+def cluster_head_loss(q, keys, ids, key_ids, tau=0.1):
+    """Cluster head of the dual form (E6): each view against the other view of the global batch.
+
+    Args: q (2, b, D) unit-norm, with gradient; keys (2, B, D) of all ranks; the authors detach
+    them all, own rows included, and so does `train`; ids (b,), key_ids (B,) int64; tau: T.
+    Returns: scalar; the pair of an image with its own other view is a positive, no factor T/T0.
+    """
+    M = (ids[:, None] == key_ids[None]).to(q.dtype)  # (b, B)
+    M = M / M.sum(1, keepdim=True)
+
+    def h(anchors, G):
+        return -(M * (anchors @ G.T / tau).log_softmax(1)).sum(1).mean()
+
+    return (h(q[0], keys[1]) + h(q[1], keys[0])) / 2
+
+
+# ---------------------------------------------------------------------------------- grouping
+
+
+def entropy_bits(ids):
+    """H of a column of ids (N,) in bits, from its frequencies."""
+    p = torch.unique(ids, return_counts=True)[1].double() / len(ids)
+    return -(p * p.log2()).sum().item()
+
+
+def information(z, t):
+    """How clusters z (N,) and labels t (N,) inform each other (E7), bits: a dict of five floats."""
+    H_Z, H_T = entropy_bits(z), entropy_bits(t)
+    H_ZT = entropy_bits(torch.unique(torch.stack([z, t]), dim=1, return_inverse=True)[1])
+    return dict(H_Z=H_Z, H_T=H_T, H_Z_given_T=H_ZT - H_T, H_T_given_Z=H_ZT - H_Z,
+                I_Z_T=H_Z + H_T - H_ZT)
+
+
+def rank_attributes(attributes):
+    """Columns of attributes (N, A) int64 by falling entropy (E7); ties: the lower column first.
+
+    Returns: order (A,) int64, entropies (A,) float64 of the columns in their own order, bits.
+    """
+    bits = torch.tensor([entropy_bits(a) for a in attributes.T], dtype=torch.float64)
+    return bits.round(decimals=12).sort(descending=True, stable=True).indices, bits
+
+
+def attribute_clusters(attributes, k):
+    """Ids (N,) of the tuples of the k attributes of highest entropy, in lexicographic order (E7).
+
+    Raises: ValueError unless 1 <= k <= A.
+    """
+    if not 1 <= k <= attributes.shape[1]:
+        raise ValueError(f"attributes:{k}: there are {attributes.shape[1]} attributes")
+    best = rank_attributes(attributes)[0][:k]
+    return torch.unique(attributes[:, best], dim=0, return_inverse=True)[1]
+
+
+def hierarchy_groups(tree, level):
+    """Group of every leaf of a WordNet tree {LabelName, Level, Subcategory} at a level.
+
+    Walk down while Level < level; the node reached is the group of all leaves below it, a leaf
+    met earlier its own. Larger levels are finer. Returns: dict leaf -> group.
+    """
+    def leaves(node):
+        below = node.get("Subcategory") or []
+        return [leaf for child in below for leaf in leaves(child)] or [node["LabelName"]]
+
+    if tree["Level"] >= level or not tree.get("Subcategory"):
+        return {leaf: tree["LabelName"] for leaf in leaves(tree)}
+    return {leaf: group for child in tree["Subcategory"]
+            for leaf, group in hierarchy_groups(child, level).items()}
+
+
+def kmeans(x, k, seed=0):
+    """K-means by faiss with the authors' settings (E8, card 3.2): deterministic for equal x.
+
+    Args: x (N, D) float32 on the CPU.
+    Returns: ids (N,) int64, centroids (k, D) float32, not normalised.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(os.cpu_count() or 1)  # the same for any number of ranks
+    x = x.numpy()
+    clustering = faiss.Clustering(x.shape[1], k)
+    clustering.niter, clustering.nredo, clustering.seed = 20, 5, seed
+    clustering.max_points_per_centroid, clustering.min_points_per_centroid = 1000, 10
+    index = faiss.IndexFlatL2(x.shape[1])
+    clustering.train(x, index)
+    centroids = faiss.vector_to_array(clustering.centroids).reshape(k, -1)
+    return torch.from_numpy(index.search(x, 1)[1][:, 0]), torch.from_numpy(centroids.copy())
+
+
+def kmeans_torch(x, k, seed=0, share=slice(None), total=lambda t: t):
+    """The same K-means on the device of x, the work shared out over ranks (E8).
+
+    Args: x (N, D) float32, all rows on every rank; share: the rows that this rank assigns;
+    total: sums a tensor over the ranks (in float64, where their order is lost in rounding).
+    Returns: ids (N,) int64, centroids (k, D) float32.
+    """
+    def nearest(points, c):  # |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2), by blocks of 2^25 numbers
+        best = [(p @ c.T - (c * c).sum(1) / 2).max(1) for p in points.split(max(1, 2 ** 25 // k))]
+        return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+
+    random = torch.Generator().manual_seed(seed)
+    keep = torch.randperm(len(x), generator=random)[:1000 * k]  # at most 1000 points per centroid
+    points = x[keep.to(x.device)][share]
+    nudge = torch.tensor([1, -1], device=x.device).repeat(x.shape[1])[:x.shape[1]] / 1024  # (D,)
+    best_fit, best_c = float("-inf"), None
+    for _ in range(5):  # nredo
+        c = x[keep[torch.randperm(len(keep), generator=random)[:k]].to(x.device)]  # (k, D)
+        for _ in range(20):  # niter
+            ids = nearest(points, c)[1]
+            sums = torch.zeros_like(c, dtype=torch.float64).index_add_(0, ids, points.double())
+            sums, counts = total(sums), total(torch.bincount(ids, minlength=k).double())
+            c = (sums / counts.clamp(min=1)[:, None]).float()
+            for empty in (counts == 0).nonzero().flatten().tolist():
+                big = int(counts.argmax())  # split the largest cluster, as faiss does
+                c[empty], c[big] = c[big] * (1 + nudge), c[big] * (1 - nudge)
+                counts[empty] = counts[big] = counts[big] / 2
+        fit = total(nearest(points, c)[0].double().sum()).item()  # highest = smallest distances
+        if fit > best_fit:
+            best_fit, best_c = fit, c
+    ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    ids[share] = nearest(x[share], best_c)[1]
+    return total(ids), best_c
+
+
+def cluster_epochs(epoch, warmup, period):
+    """Whether epoch (from 1) begins with a clustering, in the main repository's counting."""
+    return epoch >= warmup and (epoch + 1) % period == 0
+
+
+def auxiliary_ids(table, args):
+    """Cluster id of every training row from --clusters, and a line about it for the log.
+
+    Returns: ids (N,) int64; dict of H(Z), H(Z|T), I(Z;T) in bits with T = --label, and K.
+    """
+    name, label = args.clusters, table.column(args.label)
+    if name.isdigit() and name != "0":
+        name = f"label_gran_{name}"  # the level of an instruction CSV
+    if name.startswith("level_") and args.hierarchy is None:
+        name = f"label_gran_{name}"
+    about = {}
+    if name in ("instance", "kmeans", "-1"):  # "-1" makes one cluster of all in the released code
+        ids = torch.arange(len(table))
+    elif name in ("label", "0"):
+        ids = label
+    elif name.startswith("attributes:"):
+        names = args.attributes or [
+            c for c, v in table.columns.items() if c not in (args.label, "class")
+            and not c.startswith("label_gran") and v.unique().numel() < len(v)]
+        if not names:
+            raise common.BadInput(f"--clusters {name}: the data set has no column of attributes")
+        matrix = torch.stack([table.column(c) for c in names], 1)  # (N, A)
+        order, bits = rank_attributes(matrix)
+        about["attributes"] = {names[j]: round(bits[j].item(), 4) for j in order.tolist()}
+        try:
+            ids = attribute_clusters(matrix, int(name.split(":")[1]))
+        except ValueError as error:
+            raise common.BadInput(f"--clusters {name}: {error}") from None
+    elif name.startswith("level_"):
+        ids = _hierarchy_ids(table, args, name)
+    else:
+        ids = table.column(name)
+    if args.loss == "ce" or name not in ("instance", "kmeans", "-1"):
+        if (ids < 0).any():
+            raise common.BadInput(f"--clusters {args.clusters}: row {int(table.index[ids < 0][0])} "
+                                  f"has id {int(ids[ids < 0][0])}; ids count from 0, -1 is none")
+        if ids.unique().numel() < 2:
+            raise common.BadInput(f"--clusters {args.clusters}: one cluster only, no negatives")
+    if name == "kmeans" and args.k > len(ids):
+        raise common.BadInput(f"--k {args.k} needs at least {args.k} images, found {len(ids)}")
+    known = label >= 0
+    about.update(K=ids.unique().numel(), **information(ids[known], label[known]))
+    return ids, about
+
+
+def _hierarchy_ids(table, args, name):
+    import json
+
+    try:
+        with open(args.hierarchy) as file:
+            groups = hierarchy_groups(json.load(file), int(name.removeprefix("level_")))
+    except (OSError, ValueError, KeyError) as error:
+        raise common.BadInput(f"--hierarchy {args.hierarchy}: {error}") from None
+    names = table.classes[args.label]
+    if missing := [c for c in names if c not in groups]:
+        raise common.BadInput(f"--hierarchy {args.hierarchy} does not have class {missing[0]}")
+    values = sorted(set(groups.values()))  # sorted: the released ids came from a Python set
+    return torch.tensor([values.index(groups[c]) for c in names])[table.column(args.label)]
+
+
+# ---------------------------------------------------------------------------------- model
+
+
+class ClInfoNCE(nn.Module):
+    """Encoder and projection head(s): (n, 3, S, S) images to a list of (n, D) unit vectors."""
+
+    def __init__(self, args, classes):
+        super().__init__()
+        self.backbone = common.resnet(args.arch, args.stem)
+        width = self.backbone.width
+        if args.loss == "ce":
+            self.head = nn.Linear(width, classes)
+        else:
+            self.head = common.head("mlp3" if args.dual else "mlp", width, args.dim)
+        self.head2 = common.head("mlp3", width, args.dim) if args.dual else None
+        self.unit = args.loss != "ce"
+
+    def forward(self, x, second=False):
+        """second: also the cluster head of the dual form."""
+        h = self.backbone(x)
+        out = [self.head(h)] + ([self.head2(h)] if second else [])
+        return [F.normalize(z.float(), dim=1) if self.unit else z.float() for z in out]
+
+
+class Clusters(nn.Module):
+    """Cluster id of every training row; `found`: whether K-means has run. In the checkpoint."""
+
+    def __init__(self, ids):
+        super().__init__()
+        self.register_buffer("ids", ids.clone())
+        self.register_buffer("found", torch.tensor(False))
+
+    def update(self, model, data, args, epoch):
+        """K-means of the embeddings (E8) on equal terms for all ranks: everyone gets the ids."""
+        # head 1's outputs, not the encoder's, also in the dual form whose ids train head 2
+        x = common.features(model, data, data.train, squash=args.dual, pick=lambda z: z[0])
+        if not x.isfinite().all():
+            raise common.RunFailed(f"epoch {epoch}: features to cluster are not finite")
+        if args.kmeans == "torch" or args.kmeans == "auto" and x.is_cuda:
+            share = slice(common.rank(), None, common.world())
+            ids = kmeans_torch(x, args.k, 0, share, common.total)[0]
+        else:
+            ids = torch.zeros_like(self.ids)
+            if common.rank() == 0:
+                ids.copy_(kmeans(x.cpu(), args.k)[0])
+            common.total(ids)  # the others add zeros
+        self.ids.copy_(ids)
+        self.found.fill_(True)
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def train(args):
+    """Train on this rank; see the docstring of the file."""
+    check(args)
+    device = common.setup(args)
+    data = common.load(args, device)
+    ids, about = auxiliary_ids(data.train, args)
+    ids = ids.unique(return_inverse=True)[1] if args.loss == "ce" else ids
+    model = ClInfoNCE(args, about["K"]).to(device, memory_format=common.layout(args))
+    clusters = Clusters(ids).to(device)
+    network = common.ddp(model, args, unused=args.dual)
+    optimizer, scaler = common.optimizer(args, model), common.scaler(args, device)
+    log = common.Log(args, data)
+    state = dict(model=model, clusters=clusters, optimizer=optimizer, scaler=scaler, log=log)
+    first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
+    label = data.train.column(args.label).to(device)
+    known = label >= 0
+    strong = common.augmentation(args)
+    weak = common.augmentation(args, **WEAK) if args.dual else strong
+
+    def spec(step):  # weak views while the instance head of the dual form trains alone
+        return weak if step < args.kmeans_warmup * data.steps_per_epoch else strong
+
+    if first_step == 0:
+        log.write(step=0, clusters=args.clusters, **about)
+        common.say(f"clusters {args.clusters}: K = {about['K']}, H(Z) = {about['H_Z']:.4f}, H(Z|T) = "
+                   f"{about['H_Z_given_T']:.4f}, I(Z;T) = {about['I_Z_T']:.4f} bits, T = {args.label}")
+        log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data))
+        common.views_picture(data, strong, f"{args.out}/views.png")
+        common.save(state, 0, args)
+
+    for batch in data.batches(first_step, steps, spec, views=1 if args.loss == "ce" else 2):
+        step, epoch = batch.step, batch.step // data.steps_per_epoch + 1
+        if args.clusters == "kmeans" and step % data.steps_per_epoch == 0 and cluster_epochs(
+                epoch - int(args.dual), args.kmeans_warmup, args.kmeans_every):  # dual: from 0
+            with log.pause():
+                clusters.update(model, data, args, epoch)
+                log.write(step=step, **information(clusters.ids[known], label[known]))
+        dual = args.dual and bool(clusters.found)
+        x = common.augment(batch)  # (V, b, 3, S, S)
+        with common.autocast(args, device):
+            out = network(x.flatten(0, 1), second=dual)
+        z, *second = (y.unflatten(0, x.shape[:2]) for y in out)  # (V, b, D)
+        own = clusters.ids[batch.rows]  # (b,)
+        if args.loss == "ce":
+            loss = F.cross_entropy(z[0], own)
+        elif args.dual:
+            loss = cl_infonce(z, keys=common.gather(z, dim=1), first=batch.first, tau=args.tau,
+                              base_tau=args.tau)  # E5
+            for q in second:  # differs from E5: no key of E6 has a gradient, not even the own
+                loss = loss + cluster_head_loss(q, common.gather(q.detach(), dim=1), own,
+                                                common.gather(own), args.tau)  # E6
+        else:
+            loss = cl_infonce(z, ids=own, keys=common.gather(z, dim=1), key_ids=common.gather(own),
+                              first=batch.first, tau=args.tau, base_tau=args.base_tau)  # E1
+
+        lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
+        optimizer.zero_grad(set_to_none=True)
+        value = common.finite(loss, step)  # all ranks stop together
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        log(step, loss=value, lr=lr)
+
+        if data.end_of_epoch(step, every=args.knn_every):
+            with log.pause():
+                log.write(step=step + 1, knn_top1=common.knn_accuracy(model.backbone, data))
+        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
+            common.save(state, step + 1, args)
+        if common.stopping():
+            break
+    common.summary(log, args, f"Cl-InfoNCE, clusters {args.clusters}, {args.dataset}", first_step)
+
+
+def warmup_rule(epoch, epochs, lr, min_lr=1e-5):
+    """`warmup` of the main repository (card 3.5), epoch from 1: linear for a third, then cosine."""
+    w = max(1, int(0.33 * epochs))  # differs from the released code: no division by 0 below 4
+    if epoch <= w:
+        return min_lr + (lr - min_lr) * epoch / w
+    return max(common.cosine_by_epoch(epoch - w, epochs - w, lr, lr * 0.1 ** 3), min_lr)
+
+
+def learning_rate(step, steps_per_epoch, args):
+    """Rate of a step from --schedule: a pure function of the step."""
+    epoch = step // steps_per_epoch + 1
+    if args.schedule == "warmup33":
+        return warmup_rule(epoch, args.epochs, args.lr)
+    if args.schedule == "cosine-epoch":
+        return common.cosine_by_epoch(epoch, args.epochs, args.lr, args.lr * 1e-3)
+    if args.schedule == "exp":
+        return common.exp_by_epoch(epoch, args.lr)
+    return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr,
+                                args.warmup * steps_per_epoch)
+
+
+def check(args):
+    """BadInput for flags that do not go together, before anything is read."""
+    for flag in ("tau", "base_tau", "dim", "k", "kmeans_every"):
+        if not getattr(args, flag) > 0:
+            raise common.BadInput(f"--{flag.replace('_', '-')} must be above 0")
+    if args.dual and (args.clusters != "kmeans" or args.loss == "ce"):
+        raise common.BadInput("--dual goes with --clusters kmeans and without --loss ce")
+    if args.loss == "ce" and args.clusters in ("kmeans", "instance", "-1"):
+        raise common.BadInput("--loss ce needs --clusters with a column of ids")
+
+
+def main(argv=None):
+    """Flags and start; `main([...])` runs in this process."""
+    parser = common.Parser("clinfonce", __doc__, RECIPES)
+    add = parser.add_argument_group("Cl-InfoNCE").add_argument
+    add("--loss", default="cl-infonce", choices=["cl-infonce", "ce"],
+        help="ce: the baseline that predicts the cluster id with cross-entropy from one view")
+    add("--clusters", default="instance", help="Z: instance (InfoNCE), label (SupCon), kmeans, a "
+        "column, a CSV level (10, level_12), level_L with --hierarchy, or attributes:K")
+    add("--attributes", nargs="+", help="columns that attributes:K may use (default: all but the "
+        "label, columns of unique ids and CSV levels)")
+    add("--hierarchy", help="JSON tree of class names (LabelName, Level, Subcategory) for level_L")
+    add("--k", type=int, default=2500, help="k of K-means (E8)")
+    add("--kmeans", default="auto", choices=["auto", "faiss", "torch"],
+        help="faiss on rank 0, or torch on the device, shared over ranks (auto: torch on CUDA)")
+    add("--kmeans-warmup", type=int, default=0, help="epochs of plain InfoNCE before K-means")
+    add("--kmeans-every", type=int, default=1, help="epochs between clusterings")
+    add("--dual", action="store_true", help="two heads: InfoNCE (E5) and clusters (E6)")
+    add("--tau", type=float, default=0.1, help="T of E1")
+    add("--base-tau", type=float, default=0.07, help="T0 of E1's factor T/T0")
+    add("--dim", type=int, default=128, help="D, width of the embedding")
+    add("--schedule", default="warmup33", choices=["warmup33", "cosine", "cosine-epoch", "exp"],
+        help="card 3.5; cosine is per iteration after --warmup epochs")
+    add("--warmup", type=int, default=0, help="epochs of linear warm-up of --schedule cosine")
+    common.run(train, parser, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1846 @@
+"""What the method files share: everything that is not science.
+
+1 Distributed   2 Data   3 Augmentation   4 Backbones and heads
+5 Optimisation  6 Checkpoint and log      7 Evaluation
+
+Two ideas run through the whole file. The number of processes changes nothing: the global batch is
+the flag, its rows go to the ranks in order, and every table is updated alike on all ranks. And
+every random number is a function of (seed, step, purpose), drawn on the CPU for the whole global
+batch, so that a resumed run, or a run on another number of ranks, sees the same data.
+
+Letters: N rows of a data set, B global batch, b rows of this rank, V views, D width, S image size.
+
+    python common.py --dataset shapes --picture views.png      # images beside their augmented views
+"""
+import argparse
+import collections
+import contextlib
+import io
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import urllib.parse
+import zlib
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.transforms import functional as tvf
+
+# ---------------------------------------------------------------------------------- 1 distributed
+
+
+class BadInput(Exception):
+    """Input that cannot work: one line that says what to do, exit status 2."""
+
+
+class RunFailed(Exception):
+    """A failure during the run: one line, exit status 1. `alone`: only this rank knows of it."""
+
+    def __init__(self, text, alone=False):
+        super().__init__(text)
+        self.alone = alone
+
+
+_bars = []  # progress bars at work
+
+
+def rank():
+    """Number of this process, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """Number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def run(train, parser, argv=None):
+    """Parse the flags and call train(args); an expected error is one line and an exit status."""
+    try:
+        train(parser.parse_args(argv))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (BadInput, RunFailed) as error:
+        while _bars:  # else the message would stand on the progress bar's line
+            _bars.pop().close()
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
+            text = " ".join(str(error).splitlines())  # pandas' messages have several
+            print(f"{parser.prog}: error: {text}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"{parser.prog}: interrupted; the same command goes on") from None
+
+
+def setup(args):
+    """Join torchrun's processes if there are any; set device, threads and seed.
+
+    Returns: the torch.device of this rank.
+    Errors: BadInput if the batch does not divide or if there are more CUDA ranks than GPUs.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch sees no CUDA device; use --device cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if cuda and local_size > torch.cuda.device_count():
+        raise BadInput(
+            f"{local_size} processes on a machine with {torch.cuda.device_count()} GPU(s): "
+            f"use --nproc_per_node={torch.cuda.device_count()} or --device cpu"
+        )
+    if args.batch_size < 1 or args.batch_size % size:
+        raise BadInput(f"--batch-size {args.batch_size} does not divide by {size} process(es)")
+    # torchrun sets one thread a process; on a CPU the cores are shared out instead
+    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // local_size))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if size > 1 and not dist.is_initialized():
+        # K-means on rank 0 may take longer than NCCL's usual ten minutes
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
+    if args.amp == "auto":
+        args.amp = "bf16" if cuda else "none"  # a CPU emulates bf16, slowly
+    torch.manual_seed(args.seed)  # the initial weights; all later draws use generator()
+    _signal.update(asked=False, agreed=False)
+    with contextlib.suppress(ValueError):  # signals belong to the main thread
+        signal.signal(signal.SIGTERM, lambda *_: _signal.update(asked=True))
+    return device
+
+
+def generator(seed, step, purpose):
+    """CPU generator that is a pure function of (seed, step, purpose text)."""
+    key = np.random.SeedSequence([seed, step, zlib.crc32(purpose.encode())])
+    return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows = x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # every rank's loss depends on these rows: the gradients are summed, not only the own kept
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.rows:(rank() + 1) * ctx.rows]
+
+
+def gather(x, dim=0):
+    """Rows of all ranks in rank order, with gradient: the backward pass sums over ranks.
+
+    The loss of a rank is a mean over its own anchors, so the summed gradient is W times that of
+    the global loss, and DDP's mean over W ranks makes it exactly the one of a single process.
+    For keys without gradient pass `x.detach()`.
+
+    Args: x (..., b, ...) of equal shape on all ranks, rows along `dim`.
+    Returns: (..., B, ...).
+    """
+    if world() == 1:
+        return x
+    return _Gather.apply(x.movedim(dim, 0).contiguous()).movedim(0, dim)
+
+
+def total(x):
+    """Sum of a tensor over the ranks, in place, without gradient; returns it."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def ddp(model, args, unused=False):
+    """Wrap a network for training: SyncBatchNorm where asked for, torch.compile, DDP.
+
+    DDP here does not broadcast buffers: BatchNorm in training mode does not read its running
+    statistics, and `features` and `save` take those of rank 0. `unused`: some parameters get no
+    gradient in some steps (their .grad stays None).
+    """
+    device = next(model.parameters()).device
+    if args.sync_bn and world() > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    network = torch.compile(model) if args.compile else model
+    if world() == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(
+        network, device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False, find_unused_parameters=unused)
+
+
+_signal = dict(asked=False, agreed=False)
+
+
+def finite(loss, step):
+    """Mean of the ranks' losses as a float; all ranks stop together if it is not finite.
+
+    The same message carries the wish of any rank to stop (SIGTERM); see `stopping`.
+    """
+    word = torch.stack([loss.detach().double(), loss.new_tensor(_signal["asked"]).double()])
+    value, asked = total(word).tolist()
+    _signal["agreed"] = asked > 0
+    if not math.isfinite(value):
+        raise RunFailed(f"the loss is {value} at step {step}; the last checkpoint is kept. "
+                        "A smaller --lr or --amp none may help")
+    return value / world()
+
+
+def stopping():
+    """Whether the ranks agreed, at the last `finite`, to save and stop after this step."""
+    return _signal["agreed"]
+
+
+# ---------------------------------------------------------------------------------- 2 data
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN_STD = {  # channel mean and standard deviation; other data sets use ImageNet's
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+}
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+class Table:
+    """A data set: N images with named integer columns.
+
+    images: uint8 (N, 3, H, W), or None when `paths` names the files.
+    columns: name -> int64 (N,); `label` is the class, -1 = unlabelled.
+    classes: column name -> list of value names (a column of plain ids may have none).
+    captions: list of N texts, or None.  index: int64 (N,), number of the row in its source.
+    notes: what was dropped while the table was built, for the log.
+    """
+
+    def __init__(self, columns, classes, images=None, paths=None, captions=None, index=None,
+                 notes=()):
+        self.columns, self.classes = columns, classes
+        self.images, self.paths, self.captions = images, paths, captions
+        n = len(images) if images is not None else len(paths)
+        self.index = torch.arange(n) if index is None else index
+        self.notes = list(notes)
+
+    def __len__(self):
+        return len(self.index)
+
+    def column(self, name):
+        """int64 (N,) of a column; BadInput that lists the columns if there is none."""
+        if name not in self.columns:
+            raise BadInput(f"no column {name!r}; the data set has: {', '.join(self.columns)}")
+        return self.columns[name]
+
+    def select(self, rows):
+        """Table of the given rows (int64), in that order."""
+        def pick(x):
+            return None if x is None else [x[i] for i in rows.tolist()]
+
+        return Table({k: v[rows] for k, v in self.columns.items()}, self.classes,
+                     None if self.images is None else self.images[rows], pick(self.paths),
+                     pick(self.captions), self.index[rows], self.notes)
+
+
+def balanced_rows(labels, n, seed):
+    """n rows, as evenly over the classes as these allow, drawn by seed; int64, ascending."""
+    if not 0 < n <= len(labels):
+        raise BadInput(f"--limit-train {n}: the training set has {len(labels)} images")
+    order = torch.randperm(len(labels), generator=generator(seed, 0, "subset"))
+    by_class = order[torch.sort(labels[order], stable=True).indices]
+    counts = torch.unique(labels, return_counts=True)[1]
+    place = torch.cat([torch.arange(c) for c in counts])  # 0 for the first of each class, ...
+    return by_class[torch.sort(place, stable=True).indices[:n]].sort().values
+
+
+def _shapes(args):
+    def table(n, seed):
+        images, columns, classes, captions = shapes(n, seed)
+        return Table(columns, classes, images, captions=captions)
+    return table(4096, 0), table(1024, 1)
+
+
+def _cifar(args):
+    """torchvision's files, or the packs <name>_train.npz and <name>_test.npz in --data-dir."""
+    packs = [Path(args.data_dir) / f"{args.dataset}_{split}.npz" for split in ("train", "test")]
+    if all(p.exists() for p in packs) and not args.download:
+        return tuple(npz_table(p) for p in packs)
+    source = getattr(torchvision.datasets, args.dataset.upper())
+    tables = []
+    for train in (True, False):
+        data = _torchvision(source, args, train=train)
+        columns, classes = dict(label=torch.tensor(data.targets)), dict(label=list(data.classes))
+        if args.dataset == "cifar100":  # torchvision reads the fine labels only
+            columns["coarse"], classes["coarse"] = _cifar100_coarse(data, train)
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        tables.append(Table(columns, classes, images))
+    return tuple(tables)
+
+
+def _cifar100_coarse(data, train):
+    import pickle
+
+    def read(name):  # torchvision has checked and unpickled the same files before
+        with open(Path(data.root) / data.base_folder / name, "rb") as file:
+            return pickle.load(file, encoding="latin1")
+
+    return (torch.tensor(read("train" if train else "test")["coarse_labels"]),
+            read("meta")["coarse_label_names"])
+
+
+def _stl10(args):
+    """`stl10`: 5,000 labelled training images; `stl10-full`: 100,000 unlabelled ones (-1) more."""
+    split = "train" if args.dataset == "stl10" else "train+unlabeled"
+    tables = []
+    for name in (split, "test"):
+        data = _torchvision(torchvision.datasets.STL10, args, split=name)
+        labels = torch.from_numpy(data.labels).long()
+        tables.append(Table(dict(label=labels), dict(label=list(data.classes)),
+                            torch.from_numpy(data.data)))
+    return tuple(tables)
+
+
+def _torchvision(source, args, **which):
+    if args.download and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        source(args.data_dir, download=True, **which)
+    if args.download and world() > 1:
+        dist.barrier()
+    try:
+        return source(args.data_dir, download=False, **which)
+    except RuntimeError:
+        raise BadInput(f"--dataset {args.dataset}: its files are not in {args.data_dir}/; add "
+                       "--download or point --data-dir at them") from None
+
+
+def npz_table(path, test=None):
+    """Read an npz pack: JPEG bytes end to end in `jpeg`, `offsets` (N + 1), integer columns.
+
+    `labels` becomes column `label`, `coarse_labels` `coarse`; `attributes` (N, A) with
+    `attribute_names` becomes A columns; any other integer array of length N is a column of its
+    name. Value names: `classes`, `coarse_classes`, `values_<column>`.
+    test: None = all rows; False / True = the rows with `is_test` 0 / 1.
+    Errors: BadInput with the file and row for a broken image or images of unequal size.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            arrays = {k: pack[k] for k in pack.files}  # each access inflates the array: once
+    except FileNotFoundError:
+        raise BadInput(f"npz pack {path}: not found") from None
+    except Exception:  # numpy and zipfile raise many kinds for a truncated or foreign file
+        raise BadInput(f"npz pack {path}: unreadable (truncated, or no npz file?)") from None
+    for key in ("jpeg", "offsets"):
+        if key not in arrays:
+            raise BadInput(f"npz pack {path} has no array {key!r}; it has {', '.join(arrays)}")
+    jpeg, offsets = arrays.pop("jpeg"), arrays.pop("offsets")
+    n = len(offsets) - 1
+    rows = np.arange(n)
+    if test is not None:
+        if "is_test" not in arrays:
+            raise BadInput(f"npz pack {path} has no array is_test; name a --test-file")
+        rows = rows[arrays["is_test"].astype(bool) == test]
+    names = {"labels": "label", "coarse_labels": "coarse"}
+    columns, classes = {}, {}
+    for key, array in arrays.items():
+        if key != "is_test" and array.shape == (n,) and array.dtype.kind in "iu":
+            columns[names.get(key, key)] = torch.from_numpy(array[rows].astype(np.int64))
+        if key in ("classes", "coarse_classes"):
+            classes[{"classes": "label", "coarse_classes": "coarse"}[key]] = array.tolist()
+    attributes = arrays.get("attributes", np.empty((n, 0)))
+    names = arrays.get("attribute_names", np.empty(0, str)).tolist()
+    if attributes.shape != (n, len(names)):
+        raise BadInput(f"npz pack {path}: attributes is {attributes.shape} for {n} images and "
+                       f"{len(names)} attribute_names")
+    for j, name in enumerate(names):
+        columns[name] = torch.from_numpy(attributes[rows, j].astype(np.int64))
+        classes[name] = [str(v) for v in arrays.get(f"values_{name}", [])]
+    images = []
+    for row in rows:
+        try:
+            data = io.BytesIO(jpeg[offsets[row]:offsets[row + 1]].tobytes())
+            images.append(np.asarray(Image.open(data).convert("RGB")))
+        except OSError:
+            raise BadInput(f"npz pack {path}: image {row} cannot be decoded") from None
+        if images[-1].shape != images[0].shape:
+            raise BadInput(f"npz pack {path}: image {row} is {images[-1].shape[:2]}, the first "
+                           f"{images[0].shape[:2]}; a pack holds images of one size")
+    if not images:
+        raise BadInput(f"npz pack {path} has no rows for this split")
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Table(columns, classes, images, index=torch.from_numpy(rows))
+
+
+def _npz(args):
+    files = [args.train_file, args.test_file]
+    if files[0] is None:
+        raise BadInput("--dataset npz needs --train-file (and --test-file, or is_test in it)")
+    train, test = (None if f is None else Path(args.data_dir) / f for f in files)
+    if test is None:
+        return npz_table(train, test=False), npz_table(train, test=True)
+    return npz_table(train), npz_table(test)
+
+
+def _folder(args):
+    """ImageFolder layout: DIR/train/<class>/*.jpg and DIR/val (or test)/<class>/*.jpg.
+
+    Without DIR/train the classes stand in DIR itself (or the images, unlabelled), and every fifth
+    image of a class is held out. --classes FILE: use these class folders only, one name a line.
+    """
+    root = Path(args.data_dir)
+    if not root.is_dir():
+        raise BadInput(f"--data-dir {root}: no such folder")
+    split = (root / "train").is_dir()
+    base = root / "train" if split else root
+    names = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if args.classes:
+        try:
+            lines = Path(args.classes).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "not a text file")
+            raise BadInput(f"--classes {args.classes}: {reason}") from None
+        # "n01558993<TAB>robin" names the folder first; blank lines and # lines are comments
+        wanted = [s.split("\t")[0].strip() for s in lines if s.strip() and s.strip()[0] != "#"]
+        if missing := sorted(set(wanted) - set(names)):
+            raise BadInput(f"--classes {args.classes}: no folder in {base} for {missing[:3]}")
+        names = sorted(set(wanted))
+        if not names:
+            raise BadInput(f"--classes {args.classes} names no class")
+
+    def files(folder):
+        return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+
+    def table(folder, part):
+        paths, labels = [], []
+        for c, name in enumerate(names or ["."]):
+            if not (folder / name).is_dir():
+                raise BadInput(f"class folder {folder / name} is missing")
+            found = files(folder / name)
+            if not found:
+                raise BadInput(f"class folder {folder / name} has no image")
+            found = [p for i, p in enumerate(found) if part in (None, i % 5 == 4)]
+            paths += [str(p) for p in found]
+            labels += [c] * len(found)
+        if not paths:
+            raise BadInput(f"{folder}: every fifth image of a class is held out, and no class has "
+                           "five; add images, or a folder train/ and a folder val/")
+        return Table(dict(label=torch.tensor(labels)), dict(label=names or ["unlabelled"]),
+                     paths=paths)
+
+    if not split:
+        return table(root, False), table(root, True)
+    held_out = next((root / d for d in ("val", "test") if (root / d).is_dir()), None)
+    if held_out is None:
+        raise BadInput(f"{root} has train/ but neither val/ nor test/")
+    return table(base, None), table(held_out, None)
+
+
+def _csv(args):
+    """Images named in a CSV: column `path`, `class`, and any others; see README, data."""
+    root = Path(args.data_dir)
+    train = csv_table(root, args.train_file or "meta_data_train.csv", None)
+    # class ids are mapped by the TRAINING file, for both: CUB's begin at 1, others have gaps
+    return train, csv_table(root, args.test_file or "meta_data_val.csv", train.classes["label"])
+
+
+def csv_table(root, file, class_names):
+    """Read one CSV into a Table of paths.
+
+    The unnamed first column is the row's index; the summary row (index -1) is dropped; `class`
+    becomes `label`, as place in `class_names` (None: the sorted values of this file). Integer
+    columns stay ids (any, not contiguous); text columns become ids with names.
+    Errors: BadInput naming the file and row or column.
+    """
+    import pandas as pd
+
+    source = root / file
+    try:
+        frame = pd.read_csv(source, dtype=str, keep_default_na=False, skipinitialspace=True)
+    except FileNotFoundError:
+        raise BadInput(f"CSV file {source} not found") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadInput(f"CSV file {source} cannot be read: {error}") from None
+    for name in ("path", "class"):
+        if name not in frame:
+            raise BadInput(f"{source} has no column {name!r}; it has: {', '.join(frame.columns)}")
+    index = frame.iloc[:, 0].str.strip()
+    if frame.columns[0].startswith("Unnamed") or frame.columns[0] == "index":
+        keep = index != "-1"
+        frame, index = frame[keep], index[keep]
+    else:
+        index = pd.Series([str(i) for i in range(len(frame))], index=frame.index)
+    frame = frame.reset_index(drop=True)
+    if (index == "-1").any() or not len(frame):
+        raise BadInput(f"{source}: a summary row is left, or no row at all")
+    integer = r"-?\d{1,18}(\.0+)?"  # more digits do not fit into int64
+    if not (whole := index.str.fullmatch(integer)).all():
+        raise BadInput(f"{source}: index {index[~whole].iloc[0]!r} is not an integer")
+    columns, classes = {}, {}
+    for name in frame.columns:
+        if name == "path" or name.startswith("Unnamed"):
+            continue
+        text = frame[name].str.strip()
+        whole = text.str.fullmatch(integer)
+        if whole.all():
+            columns[name] = torch.tensor([int(v.split(".")[0]) for v in text])
+        elif name.startswith("label_gran") or whole.any():
+            row = int((~whole).to_numpy().argmax())
+            raise BadInput(f"{source}, row {index.iloc[row]}, column {name}: "
+                           f"{text.iloc[row]!r} is not an integer")
+        else:
+            classes[name] = sorted(text.unique())
+            columns[name] = torch.tensor([classes[name].index(v) for v in text])
+    values = [classes["class"][i] for i in columns["class"]] if "class" in classes else \
+        columns["class"].tolist()
+    names = class_names or [str(v) for v in sorted(set(values))]
+    place = {v: i for i, v in enumerate(names)}
+    if unknown := [v for v in values if str(v) not in place]:
+        raise BadInput(f"{source}: class {unknown[0]!r} does not occur in the training file")
+    if "label" in columns:
+        raise BadInput(f"{source}: a column named label would be lost; `class` becomes label")
+    columns["label"] = torch.tensor([place[str(v)] for v in values])
+    classes["label"] = names
+    paths = [_inside(root, p, source, i) for p, i in zip(frame["path"], index, strict=True)]
+    found = torch.tensor([p is not None for p in paths])
+    notes = []
+    if lost := int((~found).sum()):
+        first = frame["path"][int((~found).long().argmax())]
+        notes = [f"{source}: {lost} of {len(paths)} images are missing, the first is {first}"]
+        if lost > 0.01 * len(paths):
+            raise BadInput(f"{notes[0]} (looked in {root})")
+    table = Table(columns, classes, paths=paths,
+                  index=torch.tensor([int(i.split(".")[0]) for i in index]), notes=notes)
+    return table.select(found.nonzero().flatten()) if lost else table
+
+
+def _inside(root, path, source, row):
+    """The path below root, literal or percent-decoded (UT-Zappos has %2E); None if absent."""
+    for name in (path, urllib.parse.unquote(path)):
+        full = os.path.normpath(os.path.join(root, name))
+        if os.path.isabs(name) or os.path.relpath(full, root).split(os.sep)[0] == "..":
+            raise BadInput(f"{source}, row {row}: path {path!r} leaves the data folder {root}")
+        if os.path.isfile(full):
+            return full
+    return None
+
+
+SOURCES = {
+    "shapes": _shapes, "cifar10": _cifar, "cifar100": _cifar, "stl10": _stl10,
+    "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
+}
+
+
+def load(args, device):
+    """Read --dataset into a `Data`: training and test table, and the batches of the training."""
+    train, test = SOURCES[args.dataset](args)
+    labels = train.column(args.label)
+    if args.limit_train is not None:
+        train = train.select(balanced_rows(labels, args.limit_train, args.seed))
+    for table in (train, test):
+        if table.images is not None:
+            table.images = table.images.to(device)
+    return Data(train, test, args, device)
+
+
+class Data:
+    """Training and test `Table`, and the batches of every step as a function of the seed."""
+
+    def __init__(self, train, test, args, device):
+        self.train, self.test, self.args, self.device = train, test, args, device
+        self.steps_per_epoch = len(train) // args.batch_size  # the incomplete last batch is dropped
+        if not self.steps_per_epoch:
+            raise BadInput(f"--batch-size {args.batch_size} is larger than the training set of "
+                           f"{len(train)} images")
+
+    def end_of_epoch(self, step, every=1):
+        """Whether step (from 0) ends an epoch whose number is a multiple of `every`, or the run."""
+        epoch, rest = divmod(step + 1, self.steps_per_epoch)
+        return rest == 0 and (epoch % every == 0 or epoch == self.args.epochs)
+
+    def batches(self, first_step, steps, spec, views=2):
+        """This rank's part of the batch of each step, prefetched by workers where files are read.
+
+        Args: spec (dict, see `draw`) or a function step -> spec; views V per image.
+        Yields: a namespace: step; rows (b,) on the device, row numbers in `train`; first, the
+        place of rows[0] in the global batch; images, uint8 (b, 3, H, W), or (V * b, 3, S, S)
+        already cropped; params (V * b, ...) of all views, view-major; spec.
+        """
+        plans = (self._plan(s, spec(s) if callable(spec) else spec, views)
+                 for s in range(first_step, steps))
+        if self.train.images is not None:
+            for batch in plans:
+                batch.images = self.train.images[batch.rows]
+                yield batch
+            return
+        ahead = collections.deque()
+
+        def tasks():  # a worker gets the row and the crop's random numbers, and draws nothing
+            for batch in plans:
+                ahead.append(batch)
+                crops = batch.params["crop"].unflatten(0, (views, -1)).transpose(0, 1).numpy()
+                yield list(zip(batch.rows.tolist(), crops, [batch.spec] * len(crops), strict=True))
+
+        for images in self._loader(_Crops(self.train.paths), tasks()):
+            batch = ahead.popleft()
+            batch.rows = batch.rows.to(self.device, non_blocking=True)
+            batch.images = images.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            yield batch
+
+    def _plan(self, step, spec, views):
+        seed, B = self.args.seed, self.args.batch_size
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if getattr(self, "_order", (None,))[0] != epoch:  # one shuffle an epoch, kept
+            self._order = (epoch, torch.randperm(
+                len(self.train), generator=generator(seed, epoch, "order")))
+        b = B // world()
+        own = slice(rank() * b, (rank() + 1) * b)
+        drawn = [draw(spec, B, generator(seed, step, f"view {v}")) for v in range(views)]
+        rows = self._order[1][i * B:(i + 1) * B][own]
+        if self.train.images is not None:
+            rows = rows.to(self.device, non_blocking=True)
+        return SimpleNamespace(
+            step=step, spec=spec, views=views, first=own.start, rows=rows,
+            cropped=self.train.images is None, layout=layout(self.args),
+            params={k: torch.cat([d[k][own] for d in drawn]) for k in drawn[0]})
+
+    def _loader(self, files, tasks):
+        workers = self.args.workers
+        loader = torch.utils.data.DataLoader(
+            files, batch_sampler=tasks, num_workers=workers, collate_fn=_collate,
+            pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None)
+        for images in loader:
+            if isinstance(images, str):
+                raise RunFailed(f"image {images} cannot be decoded: repair or remove it", True)
+            yield images
+
+    def still_batches(self, table, rows, size, squash, batch=256):
+        """Images of `rows` for evaluation: uint8-valued float (n, 3, S, S) on the device.
+
+        Resize the short side to the next power of two of S, then the central S x S (card of
+        Cl-InfoNCE, section 4); `squash`: resize to S x S without a crop (its dual form).
+        """
+        if table.images is None:
+            tasks = [[(row, size, squash) for row in part.tolist()] for part in rows.split(batch)]
+            for images in self._loader(_Stills(table.paths), tasks):
+                yield images.to(self.device, non_blocking=True).float()
+            return
+        for part in rows.split(batch):
+            yield still(table.images[part.to(self.device)].float(), size, squash)
+
+
+def _decode(path):
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
+        return None
+
+
+class _Crops:
+    """Decode an image once and cut its V crops: uint8 (V, 3, S, S), or the path if it is broken."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __getitem__(self, task):
+        row, u, spec = task
+        image = _decode(self.paths[row])
+        if image is None:
+            return self.paths[row]
+        S, (W, H) = spec["size"], image.size
+        boxes = torch.tensor([[0, 0, H, W]]).expand(len(u), 4)
+        if spec["crop"] is not None:
+            boxes = crop_boxes(torch.from_numpy(u), H, W, spec["crop"], spec["ratio"])
+        cut = [image.crop((x, y, x + w, y + h)).resize((S, S), Image.Resampling.BILINEAR)
+               for y, x, h, w in boxes.tolist()]
+        return np.stack([np.asarray(c).transpose(2, 0, 1) for c in cut])
+
+
+def still(image, size, squash=False):
+    """Evaluation view of a PIL image or a float (n, 3, H, W) tensor; see `Data.still_batches`."""
+    if squash:
+        return tvf.resize(image, [size, size])
+    return tvf.center_crop(tvf.resize(image, 2 ** math.ceil(math.log2(size))), [size, size])
+
+
+class _Stills:
+    """Decode an image and take its evaluation view: uint8 (3, S, S), or the path if broken."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __getitem__(self, task):
+        row, size, squash = task
+        image = _decode(self.paths[row])
+        if image is None:
+            return self.paths[row]
+        return np.asarray(still(image, size, squash)).transpose(2, 0, 1)
+
+
+def _collate(items):
+    broken = [item for item in items if isinstance(item, str)]
+    return broken[0] if broken else torch.from_numpy(np.stack(items))
+
+
+# ---------------------------------------------------------------------------------------------
+# The built-in data set: rendered shapes (synthetic; say so beside every figure made with it)
+# ---------------------------------------------------------------------------------------------
+
+# A shape is a function of its own coordinates, x to the right and y up, its outline within radius
+# 1 or little more: the distance to the outline (nearly), positive inside.
+SEEN = {
+    "circle": lambda x, y: 0.88 - torch.hypot(x, y),
+    "square": lambda x, y: 0.78 - torch.maximum(x.abs(), y.abs()),
+    "triangle": lambda x, y: 0.56 - torch.maximum(-y - 0.12, 0.866 * x.abs() + 0.5 * y + 0.06),
+    "cross": lambda x, y: torch.minimum(0.95 - torch.maximum(x.abs(), y.abs()),
+                                        0.34 - torch.minimum(x.abs(), y.abs())),
+    "ring": lambda x, y: 0.25 - (torch.hypot(x, y) - 0.7).abs(),
+    "star": lambda x, y: 0.43 - torch.hypot(x, y) * torch.cos(  # five tips, folded into one
+        ((torch.atan2(x, y) / (0.4 * math.pi) + 0.5) % 1 - 0.5).abs() * 0.4 * math.pi - 1.15),
+}
+UNSEEN = {
+    "heart": lambda x, y: 0.85 - torch.hypot(x, 1.15 * y + 0.3 - 0.75 * x.abs().sqrt()),
+    "crescent": lambda x, y: torch.minimum(0.95 - torch.hypot(x, y),
+                                           torch.hypot(x - 0.5, y) - 0.72),
+    "arrow": lambda x, y: torch.maximum(torch.minimum(y, (0.98 - x.abs() - y) * 0.7),
+                                        torch.minimum(0.3 - x.abs(), 0.5 - (y + 0.4).abs())),
+    "diamond": lambda x, y: (1 - 1.6 * x.abs() - y.abs()) * 0.53,
+}
+# A pattern is a function of coordinates in which it has period 1: positive in its second tone.
+PATTERNS = {
+    "plain": lambda u, v: torch.full_like(u, -1.0),
+    "striped": lambda u, v: torch.cos(2 * math.pi * v),
+    "dotted": lambda u, v: torch.cos(2 * math.pi * u) + torch.cos(2 * math.pi * v) - 0.5,
+    "checkered": lambda u, v: 2 * torch.sin(math.pi * u) * torch.sin(math.pi * v),
+}
+COLOURS = {"red": (0.86, 0.22, 0.22), "orange": (0.95, 0.56, 0.16), "yellow": (0.93, 0.86, 0.25),
+           "green": (0.25, 0.68, 0.34), "blue": (0.20, 0.45, 0.87), "purple": (0.62, 0.30, 0.75)}
+SIZES = {"small": 0.65, "large": 0.86}  # radius; the frame is 2 wide
+
+
+def shapes(n, seed=0, size=32, unseen=False, renders=1):
+    """Render n images of one patterned shape each.
+
+    renders = r: images r i .. r i + r - 1 show one object, that is, the same factors, paints and
+    background, at another position, angle, scale and light, with other noise.
+    unseen: four other shapes, for out-of-distribution tests; all else is the same.
+
+    Returns images (n, 3, size, size) uint8; columns, name -> (n,) int64: label (shape x pattern),
+    coarse (shape), pattern, colour, size, background, object; classes, name -> class names of that
+    column; captions, n strings. Each factor, and label, is balanced and in random order. Ids mean
+    the same for every seed, except those of object.
+    """
+    if n < 1 or renders < 1:
+        raise ValueError(f"shapes: n and renders must be at least 1, got {n} and {renders}")
+    g = torch.Generator().manual_seed(seed)
+    real = torch.float64  # in float32, a few pixels would depend on the number of threads
+    outlines = UNSEEN if unseen else SEEN
+    N, P = -(-n // renders), len(PATTERNS)  # objects, patterns
+
+    def balanced(k):  # (N,) ids below k in random order, each equally often (or once more)
+        return torch.randperm(k, generator=g)[torch.randperm(N, generator=g) % k]
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=g, dtype=real)
+
+    def soft(distance):  # 0 outside .. 1 inside, over about a pixel
+        return (0.5 + distance).clamp(0, 1)
+
+    def draw(functions, ids, x, y):  # (B, size, size): in image i, the function of its id
+        out = torch.empty_like(x)
+        for k, f in enumerate(functions.values()):
+            i = (ids == k).nonzero().squeeze(1)
+            out[i] = f(x[i], y[i])
+        return out
+
+    label = balanced(len(outlines) * P)
+    columns = {"label": label, "coarse": label // P, "pattern": label % P,
+               "colour": balanced(len(COLOURS)), "size": balanced(len(SIZES)),
+               "background": balanced(P), "object": torch.arange(N)}
+    classes = {"label": [f"{p} {s}" for s in outlines for p in PATTERNS], "coarse": [*outlines],
+               "pattern": [*PATTERNS], "colour": [*COLOURS], "size": [*SIZES],
+               "background": [*PATTERNS], "object": [f"object {i}" for i in range(N)]}
+
+    # What the renders of an object share besides: paint on a pale ground, and its patterns.
+    palette = torch.tensor([*COLOURS.values()], dtype=real)
+    paint = palette[columns["colour"]] + uniform(-0.06, 0.06, N, 3)
+    ground = uniform(0.6, 0.75, N, 1) + uniform(-0.03, 0.03, N, 3)
+    phase = uniform(0, 1, N, 4, 1, 1)
+    period = uniform(0.30, 0.38, N, 2, 1, 1)  # the frame is 2 wide
+    radii = torch.tensor([*SIZES.values()], dtype=real)
+
+    keep = torch.arange(N).repeat_interleave(renders)[:n]  # (n,) the object in each image
+    columns = {name: ids[keep] for name, ids in columns.items()}
+    words = [[classes[name][i] for i in columns[name].tolist()]
+             for name in ("size", "colour", "label", "background")]
+    captions = ["a {} {} {} on a {} background".format(*w) for w in zip(*words)]
+
+    t = (torch.arange(size, dtype=real) + 0.5) * (2 / size) - 1
+    Y, X = torch.meshgrid(-t, t, indexing="ij")  # (size, size) the frame, -1..1, y up
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    for rows in torch.arange(n).split(max(1, 2**19 // size**2)):  # bounds the memory
+        B, o, c = len(rows), keep[rows], {name: ids[rows] for name, ids in columns.items()}
+
+        def vary(low, high):  # a number for each image
+            return uniform(low, high, B, 1, 1)
+
+        radius = radii[c["size"]].view(B, 1, 1) * vary(0.92, 1.08)
+        free = 0.8 * (1.05 - radius)  # how far the centre may leave the middle
+        x, y, angle = X - free * vary(-1, 1), Y - free * vary(-1, 1), vary(-0.35, 0.35)
+        x, y = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x
+        inside = soft(draw(outlines, c["coarse"], x / radius, y / radius) * radius * size / 2)
+
+        p, q = period[o].unbind(1)
+        a, b, d, e = phase[o].unbind(1)
+        tone = soft(draw(PATTERNS, c["pattern"], x / p + a, y / p + b) * size / 16)
+        u, v = X / q + d + vary(0, 1), (Y + vary(-0.35, 0.35) * X) / q + e
+        relief = soft(draw(PATTERNS, c["background"], u, v) * size / 16)
+
+        # Second tones are darker first ones; that of the ground only just, so that the object is
+        # what a network learns first.
+        front = paint[o, :, None, None] * (1 - 0.6 * tone[:, None])  # (B, 3, size, size)
+        behind = ground[o, :, None, None] * (1 - 0.14 * relief[:, None])
+        image = torch.lerp(behind, front, inside[:, None])
+        light = vary(0.85, 1.15) + vary(-0.15, 0.15) * X + vary(-0.15, 0.15) * Y
+        image = image * light[:, None]
+        image += 0.04 * torch.randn(image.shape, generator=g, dtype=real)
+        images[rows] = (255 * image).round().clamp(0, 255).to(torch.uint8)
+    return images, columns, classes, captions
+
+
+
+# ---------------------------------------------------------------------------------- 3 augmentation
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation
+# ------------------------------------------------------------------------------------------------
+# `draw` makes every random number of one view of the global batch on the CPU; `transform` applies
+# a rank's rows of them on the device. Letters: n images, H x W input, S output size, P = S * S.
+
+NO_AUGMENTATION = {  # a spec that only resizes; recipes write dict(NO_AUGMENTATION, flip=0.5, ...)
+    "size": 32,  # S
+    "crop": None,  # (lo, hi) share of the area, None for the whole image
+    "ratio": (3 / 4, 4 / 3),  # (lo, hi) aspect ratio of a crop
+    "jitter": (0.0, 0.0, 0.0, 0.0),  # strength of brightness, contrast, saturation, hue
+    "sigma": (0.1, 2.0),  # (lo, hi) of the blur, in output pixels
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    # Probabilities. Solarize has its threshold at 0.5 of [0, 1]; erase sets one rectangle to 0.
+    **dict.fromkeys(("flip", "jitter_p", "gray", "blur", "solarize", "erase"), 0.0),
+}
+
+
+def _sides(u, area, scale, ratio):
+    """sqrt(area * aspect) and sqrt(area / aspect), rounded, of ten attempts; u (n, 20)."""
+    area = area * (scale[0] + (scale[1] - scale[0]) * u[:, 0::2])  # (n, 10)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * u[:, 1::2])
+    return torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
+
+
+def _place(u, h, w, fits, height, width):
+    """The first attempt that fits, at a uniform position u (n, 2); (n, 4) float64."""
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)  # (n, 10) -> (n, 1)
+    top = (u[:, :1] * (height - h + 1)).floor()
+    left = (u[:, 1:] * (width - w + 1)).floor()
+    return torch.cat([top, left, h, w], 1)
+
+
+def crop_boxes(u, height, width, crop, ratio=(3 / 4, 4 / 3)):
+    """Boxes of torchvision's RandomResizedCrop, from given uniforms.
+
+    u: (n, 22) in [0, 1), ten attempts of (area, log ratio), then the position (top, left).
+    height, width: of the image, an int or an (n,) tensor. crop: (lo, hi) share of its area.
+    Returns (n, 4) int64 top, left, h, w: the first attempt that fits, else the largest central
+    crop whose aspect ratio is within `ratio`.
+    """
+    u = u.double()
+    height, width = (torch.as_tensor(x).double().reshape(-1, 1) for x in (height, width))
+    w, h = _sides(u[:, :20], height * width, crop, ratio)  # (n, 10)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    boxes = _place(u[:, 20:], h, w, fits, height, width)
+    h = torch.minimum(height, (width / ratio[0]).round())
+    w = torch.minimum(width, (height * ratio[1]).round())
+    central = torch.cat([((height - h) / 2).floor(), ((width - w) / 2).floor(), h, w], 1)
+    return torch.where(fits.any(1, keepdim=True), boxes, central).long()
+
+
+def draw(spec, n, generator):
+    """Every random number of one view of n images (the global batch), as CPU tensors of n rows.
+
+    Image i has row i of one table of uniforms, so a rank slices its rows, and changing one
+    probability moves no other draw. Returns crop (n, 22) uniforms for `crop_boxes`; flip, jitter,
+    gray, solarize (n,) bool; factor (n, 4) float32 of brightness, contrast, saturation (around 1)
+    and hue (around 0, in turns); order (n, 4) int64, in which these four are applied; sigma (n,)
+    float32, 0 = no blur; erase (n, 4) int64 top, left, h, w of RandomErasing, h = 0 = none.
+    Raises ValueError for a probability outside [0, 1] or a hue strength outside [0, 0.5].
+    """
+    for key in ("flip", "jitter_p", "gray", "blur", "solarize", "erase"):
+        if not 0 <= spec[key] <= 1:
+            raise ValueError(f"{key} = {spec[key]} is not a probability in [0, 1]")
+    if not 0 <= spec["jitter"][3] <= 0.5:
+        raise ValueError(f"hue strength {spec['jitter'][3]} is not in [0, 0.5]")
+    u = torch.rand(n, 59, generator=generator)
+    middle, strength = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(spec["jitter"])
+    low = torch.maximum(middle - strength, torch.tensor([0.0, 0.0, 0.0, -0.5]))
+    sigma = spec["sigma"][0] + (spec["sigma"][1] - spec["sigma"][0]) * u[:, 35]
+    place, size = u[:, 36:58].double(), spec["size"]
+    h, w = _sides(place[:, :20], size * size, (0.02, 0.33), (0.3, 3.3))  # (n, 10)
+    fits = (h < size) & (w < size)
+    erased = fits.any(1) & (u[:, 58] < spec["erase"])
+    erase = _place(place[:, 20:], h, w, fits, size, size).long()
+    return {
+        "crop": u[:, :22].clone(),  # a copy, so that the table is not kept alive
+        "flip": u[:, 22] < spec["flip"],
+        "factor": low + (middle + strength - low) * u[:, 23:27],
+        "order": u[:, 27:31].argsort(1),
+        "jitter": u[:, 31] < spec["jitter_p"],
+        "gray": u[:, 32] < spec["gray"],
+        "solarize": u[:, 33] < spec["solarize"],
+        "sigma": sigma * (u[:, 34] < spec["blur"]),
+        "erase": erase * erased[:, None],
+    }
+
+
+def _resize_weights(box, flip, size, extent, device):
+    """Weights (n, 2, S, extent) of the output rows and columns over the pixels of the image.
+
+    This is torch's bilinear filter with antialias=True: a triangle, widened by the scale when the
+    image shrinks, cut off at the crop. box (n, 4) and flip (n,) are on the CPU.
+    """
+    start, length = box.view(-1, 2, 2)[..., None].unbind(1)  # (n, 2, 1): vertical, horizontal
+    scale = length.double() / size
+    i = (torch.arange(size) + 0.5).expand(len(flip), 2, size)
+    flip = torch.stack([torch.zeros_like(flip), flip], 1)[..., None]
+    i = torch.where(flip, size - i, i)  # (n, 2, S)
+    pixel = torch.arange(extent)
+    inside = (pixel >= start) & (pixel < start + length)  # (n, 2, extent)
+    centre = (start - 0.5 + i * scale).float()
+    slope = (-1 / scale.clamp_min(1)).float()
+    pixel, inside, centre, slope = (
+        x.to(device, non_blocking=True)
+        for x in (pixel, inside[:, :, None].float(), centre[..., None], slope[..., None])
+    )
+    weight = (pixel - centre).abs_().mul_(slope).add_(1).clamp_(min=0).mul_(inside)
+    return weight.div_(weight.sum(-1, keepdim=True))
+
+
+def _luma(planes):
+    """(3, n, P) -> (n, P)."""
+    return (planes[0] * 0.2989).add_(planes[1], alpha=0.587).add_(planes[2], alpha=0.114)
+
+
+def _shift_hue(planes, turns):
+    """Rotate the HSV hue of (3, n, P) planes in place by (n, 1) turns, without branches."""
+    r, g, b = planes
+    high, low = torch.maximum(g, b), torch.minimum(g, b)
+    value, least = torch.maximum(r, high), torch.minimum(r, low)
+    chroma = value - least
+    # The six sextants of HSV in one line: while g > b, 6 hue chroma is the sum of value - r,
+    # g - least and b - least; the other half of the circle mirrors it.
+    hue = (value - r).add_(high).add_(low).add_(least, alpha=-2).copysign_(g - b)
+    hue.div_((6 * chroma).clamp_(min=1e-8)).add_(turns)
+    # A channel is `value` within 1/6 turn of its own primary, and falls to `least` at 1/3.
+    primary = torch.arange(3, device=planes.device).view(3, 1, 1) / 3
+    away = torch.sub(hue, primary, out=planes)
+    away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)
+    torch.addcmul(value.add_(chroma), chroma, away, value=-6, out=planes)
+
+
+def _jitter(planes, factor, order, hue_at):
+    """Colour jitter of (3, n, P) planes in place; rows are sorted by hue_at, 4 = no jitter.
+
+    Brightness, contrast and saturation are one formula, f x + (1 - f) base with base 0, mean gray
+    or gray. Hue is done for all rows at once, between the steps that a row has before and after.
+    """
+    end = torch.searchsorted(hue_at, torch.arange(1, 5)).tolist()  # rows :end[k] have hue_at <= k
+    f = factor.gather(1, order)  # (n, 4), in the order of application
+    f = torch.stack([f, (1 - f) * (order == 1), (1 - f) * (order == 2), factor])  # (4, n, 4)
+    f = f[..., None].to(planes.device, non_blocking=True)
+
+    def blend(k, rows):
+        scale, contrast, saturation, _ = f[:, rows, k]  # (m, 1) each
+        x = planes[:, rows]
+        base = _luma(x)  # (m, P)
+        mean = base.mean(1, keepdim=True)
+        base.mul_(saturation).add_(mean.mul_(contrast))
+        torch.addcmul(base, x, scale, out=x).clamp_(0, 1)
+
+    for k in range(3):
+        if end[k] < end[3]:
+            blend(k, slice(end[k], end[3]))
+    if end[3] > 0:
+        _shift_hue(planes[:, : end[3]], f[3, : end[3], 3])
+    for k in range(1, 4):
+        if end[k - 1] > 0:
+            blend(k, slice(0, end[k - 1]))
+
+
+def _blur(planes, sigma, radius):
+    """Gaussian blur of (3, m, S, S) planes by (m,) sigmas, with reflect padding: B x B^T."""
+    i = torch.arange(planes.shape[-1], device=planes.device)
+    last = len(i) - 1
+    # Row i of B meets pixel j itself and its mirror images beyond the first and the last pixel.
+    offset = torch.stack([i - i[:, None], i + i[:, None], 2 * last - i - i[:, None]])  # (3, S, S)
+    unseen = offset.abs() > radius
+    unseen[1, :, 0] = True  # the border itself is not repeated
+    unseen[2, :, last] = True
+    square = offset.float().square_().masked_fill_(unseen, math.inf)
+    b = torch.exp(square / (-2 * sigma * sigma).view(-1, 1, 1, 1)).sum(1)  # (m, S, S)
+    b.div_(b.sum(-1, keepdim=True))
+    return torch.stack([b @ x @ b.mT for x in planes])
+
+
+def _erase(planes, box):
+    """Set the (m, 4) boxes of (3, m, S, S) planes to 0."""
+    top, left, h, w = box.T[..., None]  # (m, 1) each
+    i = torch.arange(planes.shape[-1], device=box.device)
+    rows, columns = (i >= top) & (i < top + h), (i >= left) & (i < left + w)  # (m, S)
+    return planes.masked_fill(rows[:, :, None] & columns[:, None], 0)
+
+
+def _on_rows(op, flag, planes, *params):
+    """planes[:, flag] = op(planes[:, flag], *params[flag]).
+
+    The index is made on the CPU, where flag and params are: the device is never waited for.
+    """
+    rows = flag.nonzero()[:, 0]
+    if len(rows):
+        params = [x[rows].to(planes.device, non_blocking=True) for x in params]
+        rows = rows.to(planes.device, non_blocking=True)
+        planes.index_copy_(1, rows, op(planes.index_select(1, rows), *params))
+
+
+def _transform(x, p, spec, cropped):
+    """`transform` of one chunk, its rows sorted by p["hue_at"]; returns (3, n, S, S)."""
+    size = spec["size"]
+    planes = torch.empty(3, len(x), size, size, device=x.device)
+    if cropped:
+        torch.div(x.transpose(0, 1), 255, out=planes)
+        _on_rows(lambda some: some.flip(-1), p["flip"], planes)
+    else:
+        height, width = x.shape[2:]
+        weights = _resize_weights(p["box"], p["flip"], size, max(height, width), x.device)
+        down, across = weights[:, 0, :, :height].div_(255), weights[:, 1, :, :width].mT
+        for c in range(3):
+            torch.bmm(torch.bmm(down, x[:, c].float()), across, out=planes[c])
+    _jitter(planes.flatten(2), p["factor"], p["order"], p["hue_at"])
+    _on_rows(lambda some: _luma(some).expand_as(some), p["gray"], planes)
+    # The kernel reaches 3 sigma on each side, at most as far as reflect padding allows.
+    radius = min(math.ceil(3 * spec["sigma"][1]), size - 1)
+    _on_rows(lambda some, s: _blur(some, s, radius), p["sigma"] > 0, planes, p["sigma"])
+    _on_rows(lambda some: torch.where(some >= 0.5, 1 - some, some), p["solarize"], planes)
+    for plane, mean, std in zip(planes, spec["mean"], spec["std"]):
+        plane.sub_(mean).div_(std)
+    _on_rows(_erase, p["erase"][:, 2] > 0, planes, p["erase"])
+    return planes
+
+
+def transform(x, params, spec, cropped=False):
+    """One view of a rank's images, computed on the device of x.
+
+    x: (n, 3, H, W) uint8. params: n rows of what `draw(spec, ...)` gave, on the CPU.
+    Order: crop and resize, flip, colour jitter, grayscale, blur, solarize, normalise, erase.
+    cropped=True: x is (n, 3, S, S), cropped by a worker with `crop_boxes`, and not yet flipped.
+    Returns (n, 3, S, S) float32. Equal to torchvision's functions on float images to 1e-5 before
+    normalisation; the other images of the batch change an image by less than 1e-6.
+    Raises ValueError for images or params of another shape.
+    """
+    size = spec["size"]
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
+        raise ValueError(f"images must be (n, 3, H, W) uint8, got {tuple(x.shape)} {x.dtype}")
+    n, _, height, width = x.shape
+    if cropped and (height, width) != (size, size):
+        raise ValueError(f"cropped images must be {size} x {size}, got {height} x {width}")
+    if any(len(value) != n for value in params.values()):
+        raise ValueError(f"params must have one row for each of the {n} images")
+    hue_at = (params["order"] == 3).int().argmax(1).masked_fill(~params["jitter"], 4)
+    hue_at, rank = hue_at.sort(stable=True)  # the order of rows that _jitter wants
+    p = {key: value[rank] for key, value in params.items()} | {"hue_at": hue_at}
+    p["box"] = torch.tensor([0, 0, height, width]).expand(n, 4)
+    if spec["crop"] is not None:
+        p["box"] = crop_boxes(p["crop"], height, width, spec["crop"], spec["ratio"])
+    rank = rank.to(x.device, non_blocking=True)
+    out = torch.empty(n, 3, size, size, device=x.device)
+    # On a CPU a chunk stays in the cache; on a GPU one chunk means few kernels.
+    chunk = max(1, n if x.is_cuda else 2**16 // size**2)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # the 10 bits of TF32 would be seen
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, n, chunk):
+                rows = slice(start, start + chunk)
+                part = {key: value[rows] for key, value in p.items()}
+                planes = _transform(x[rank[rows]], part, spec, cropped)
+                out.index_copy_(0, rank[rows], planes.transpose(0, 1))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return out
+
+
+def augmentation(args, **changes):
+    """The `spec` of `draw` and `transform` from the flags; `changes` override single entries."""
+    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
+    spec = dict(
+        size=args.image_size, crop=tuple(args.crop), ratio=(3 / 4, 4 / 3), flip=0.5,
+        jitter=tuple(args.jitter), jitter_p=args.jitter_p, gray=args.gray, blur=args.blur,
+        sigma=(0.1, 2.0), solarize=args.solarize, erase=args.erase,
+        mean=tuple(args.mean or mean), std=tuple(args.std or std))
+    return {**spec, **changes}
+
+
+def augment(batch):
+    """Augmented views of a batch of `Data.batches`: (V, b, 3, S, S) float32, normalised."""
+    x = batch.images if batch.cropped else batch.images.repeat(batch.views, 1, 1, 1)
+    x = transform(x, batch.params, batch.spec, cropped=batch.cropped)  # (V * b, 3, S, S)
+    return x.contiguous(memory_format=batch.layout).unflatten(0, (batch.views, -1))
+
+
+# ---------------------------------------------------------------------------------- 4 backbones
+
+
+class TinyResNet(nn.Module):
+    """Four stages of one BasicBlock, widths 16 to 128: for CPU runs. Names as in torchvision."""
+
+    def __init__(self, stride=2):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        for i, width in enumerate((16, 32, 64, 128)):
+            before = 16 if i == 0 else width // 2
+            down = None if i == 0 else nn.Sequential(
+                nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+            block = BasicBlock(before, width, 1 if i == 0 else 2, down)
+            setattr(self, f"layer{i + 1}", nn.Sequential(block))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3))
+
+
+ARCHS = {"resnet-tiny": 128, "resnet18": 512, "resnet34": 512, "resnet50": 2048}
+
+
+def resnet(arch, stem="imagenet"):
+    """Backbone: (n, 3, S, S) images to (n, width) pooled features, not normalised.
+
+    stem "imagenet": torchvision's (7x7 stride 2, max-pool); "cifar": 3x3 stride 1, no max-pool.
+    Convolutions Kaiming normal fan-out, BatchNorm 1 / 0 (torchvision's defaults, card 3.1).
+    Parameter names are torchvision's without `fc`, so the weights load there.
+    """
+    if arch == "resnet-tiny":
+        backbone = TinyResNet()
+    else:
+        backbone = getattr(torchvision.models, arch)(weights=None)
+        backbone.fc = nn.Identity()
+        if stem == "cifar":
+            backbone.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+            backbone.maxpool = nn.Identity()
+    backbone.width = ARCHS[arch]
+    return backbone
+
+
+class NormLinear(nn.Linear):
+    """Cosine between the input and every weight row; no bias (CLD, E9)."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight.uniform_(-1, 1), dim=1))
+
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+
+class MLP3(nn.Module):
+    """Linear-BN-ReLU-Linear-BN-ReLU-Linear, biases everywhere, no BN at the end."""
+
+    def __init__(self, d_in, d_hidden, d_out):
+        super().__init__()
+        # the names matter: `lars_groups` tells BatchNorm by "bn", as the authors' code does
+        self.linear1, self.bn1 = nn.Linear(d_in, d_hidden), nn.BatchNorm1d(d_hidden)
+        self.linear2, self.bn2 = nn.Linear(d_hidden, d_hidden), nn.BatchNorm1d(d_hidden)
+        self.linear3 = nn.Linear(d_hidden, d_out)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.linear1(x)))
+        return self.linear3(F.relu(self.bn2(self.linear2(x))))
+
+
+def head(kind, d_in, d_out):
+    """Projection head: linear | mlp | normlinear | normmlp (one hidden layer of d_in) | mlp3."""
+    if kind == "mlp3":
+        return MLP3(d_in, d_in, d_out)
+    last = (NormLinear if kind.startswith("norm") else nn.Linear)(d_in, d_out)
+    if kind.endswith("mlp"):
+        return nn.Sequential(nn.Linear(d_in, d_in), nn.ReLU(), last)
+    return last
+
+
+# ---------------------------------------------------------------------------------- 5 optimisation
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose gradient is scaled to the size of its weight (You et al. 2017).
+
+    For groups with `adapt`: g <- g + wd p; g <- g * trust_coef ||p|| / ||g|| (factor 1 where a
+    norm is 0). Then v <- momentum v + g, p <- p - lr v. Parameters without gradient are skipped.
+    """
+
+    def __init__(self, groups, lr, momentum=0.9, trust_coef=0.001):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, trust_coef=trust_coef,
+                                      weight_decay=0.0, adapt=True))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = torch._foreach_add([p.grad for p in params], params,
+                                       alpha=group["weight_decay"])
+            if group["adapt"]:
+                for p_norm, g_norm, g in zip(torch._foreach_norm(params),
+                                             torch._foreach_norm(grads), grads, strict=True):
+                    ratio = group["trust_coef"] * p_norm / g_norm
+                    # no host synchronisation: the choice is made on the device
+                    g.mul_(torch.where((p_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio)))
+            states = [self.state[p] for p in params]
+            for state, p in zip(states, params, strict=True):
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [state["momentum_buffer"] for state in states]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def lars_groups(named_parameters, weight_decay, by="name"):
+    """Two groups: adapted with weight decay, and neither.
+
+    by "name": names that contain "bn" or "bias" are left out, as in the authors' code (the
+    BatchNorm of a ResNet's shortcut, `downsample.1.weight`, is not). by "kind": all vectors are.
+    """
+    plain, excluded = [], []
+    for name, p in named_parameters:
+        skip = p.ndim < 2 if by == "kind" else "bn" in name or "bias" in name
+        (excluded if skip else plain).append(p)
+    return [dict(params=plain, weight_decay=weight_decay, adapt=True),
+            dict(params=excluded, weight_decay=0.0, adapt=False)]
+
+
+def optimizer(args, model):
+    """SGD (all parameters decayed), LARS (authors' groups) or AdamW from the flags."""
+    if args.optimizer == "lars":
+        return LARS(lars_groups(model.named_parameters(), args.weight_decay), args.lr,
+                    args.momentum)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(model.parameters(), args.lr, args.momentum, nesterov=args.nesterov,
+                           weight_decay=args.weight_decay)
+
+
+def warmup_cosine(step, steps, lr, warmup=0, start=0.0, floor=0.0):
+    """Rate of step (from 0): linear from `start` to lr in `warmup` steps, cosine to `floor`."""
+    if step < warmup:
+        return start + (lr - start) * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * progress))
+
+
+def cosine_by_epoch(epoch, epochs, lr, floor=0.0):
+    """Rate of epoch (from 1): floor + (lr - floor) (1 + cos(pi epoch / epochs)) / 2."""
+    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def exp_by_epoch(epoch, lr, rate=0.95, floor=1e-5):
+    """Rate of epoch (from 1): lr * rate^(epoch - 1), at least `floor`."""
+    return max(lr * rate ** (epoch - 1), floor)
+
+
+def steps_by_epoch(epoch, milestones, lr, rate=0.1):
+    """Rate of epoch (from 1): times `rate` for every milestone smaller than epoch."""
+    return lr * rate ** sum(m < epoch for m in milestones)
+
+
+def set_lr(optimizer, lr):
+    """Give every parameter group the learning rate; returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def layout(args):
+    """Memory format of images and convolutions, from --channels-last."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def autocast(args, device):
+    """Mixed precision of --amp for the network; losses and grouping stay in float32."""
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(args.amp, torch.bfloat16)
+    return torch.autocast(device.type, dtype=dtype, enabled=args.amp != "none")
+
+
+def scaler(args, device):
+    """Loss scaler: at work with --amp fp16, passes everything through otherwise."""
+    return torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+
+# ---------------------------------------------------------------------------------- 6 checkpoint
+
+
+class Log:
+    """JSON lines (rank 0): the command and versions, then one line an interval.
+
+    It travels in the checkpoint as its number of lines and the sums since the last one, so that a
+    resumed run cuts what came after and goes on to an equal log, but for times and memory.
+    """
+
+    def __init__(self, args, data):
+        self.args, self.path = args, Path(args.out) / "log.jsonl"
+        self.steps_per_epoch = data.steps_per_epoch
+        self.lines, self.count, self.sums = 0, 0, {}
+        self.total, self.bar, self.clock = args.epochs * data.steps_per_epoch, None, None
+        sizes = {name: len(t) for name, t in (("train", data.train), ("test", data.test))}
+        self.header = dict(
+            command=" ".join([args.method + ".py", *args.argv]), args=plain(args),
+            data=dict(sizes, notes=data.train.notes + data.test.notes), processes=world(),
+            threads=torch.get_num_threads(), device=device_name(data.device),
+            versions=dict(python=sys.version.split()[0], torch=torch.__version__,
+                          torchvision=torchvision.__version__))
+
+    def state_dict(self):
+        """What a checkpoint needs to go on with this log."""
+        return dict(lines=self.lines, count=self.count, sums=self.sums)
+
+    def load_state_dict(self, state):
+        """Take over the state and cut the file to its number of lines."""
+        self.lines, self.count, self.sums = state["lines"], state["count"], dict(state["sums"])
+        if not self.path.exists():
+            raise BadInput(f"{self.path} is missing beside its checkpoint; put it back, or use "
+                           "another --out")
+        if rank() == 0:
+            lines = self.path.read_text().splitlines(keepends=True)[:self.lines]
+            replace(self.path, lambda file: file.write("".join(lines).encode()))
+
+    def write(self, **values):
+        """Append one line."""
+        self.lines += 1
+        if rank() == 0:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise RunFailed(f"cannot write {self.path}: {error.strerror}") from None
+
+    def __call__(self, step, **values):
+        """Take the values of a step; every --log-every steps and epoch, write their means."""
+        if self.clock is None:
+            from tqdm import tqdm
+
+            self.clock = self.began = time.time()
+            self.bar = tqdm(total=self.total, initial=step, disable=rank() > 0, unit="step",
+                            mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+            _bars.append(self.bar)
+            self.since = step
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self.bar.update()
+        done, now = step + 1, time.time()
+        speed = (done - self.since) * self.args.batch_size / max(now - self.clock, 1e-9)
+        # not refreshed here: the bar decides itself when it is time to print
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()} | {
+            "images/s": f"{speed:.0f}"}, refresh=False)
+        if done % self.args.log_every == 0 or done % self.steps_per_epoch == 0:
+            means = {name: total / self.count for name, total in self.sums.items()}
+            self.write(step=done, epoch=done / self.steps_per_epoch, **means,
+                       images_per_s=round(speed, 1), memory_mb=memory_mb(),
+                       seconds=round(now - self.began, 1))
+            self.sums, self.count, self.since, self.clock = {}, 0, done, now
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Leave what happens inside (evaluation, clustering) out of images/s."""
+        begin = time.time()
+        yield
+        if self.clock is not None:
+            self.clock += time.time() - begin
+
+    def records(self):
+        """All lines but the first, as dicts."""
+        with open(self.path) as file:
+            return [json.loads(line) for line in file][1:]
+
+
+def plain(args):
+    """The flags as a dict of JSON values; what names this invocation only is left out."""
+    skip = ("method", "argv")
+    return json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in skip}))
+
+
+def device_name(device):
+    """GPU name, or the CPU's model with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        model = next((s.split(":")[1].strip() for s in file if s.startswith("model name")), "")
+    return f"{model or 'CPU'}, {os.cpu_count()} cores"
+
+
+def memory_mb():
+    """Peak memory of this process so far: allocated on the GPU, or resident on a CPU; MB."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin"
+                                                                 else 10)
+
+
+def replace(path, write):
+    """Write a file aside, then put it in place: never half a file under its name."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(error, RuntimeError):  # of torch.save, after the OSError of a write
+            error = error.__context__ or error
+        raise RunFailed(f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+                        ) from None
+
+
+def save(state, step, args):
+    """Atomic checkpoint after `step` steps: weights, optimizer, tables, log, flags (rank 0)."""
+    if rank() == 0:
+        checkpoint = dict(format=1, method=args.method, step=step, args=plain(args),
+                          state={name: part.state_dict() for name, part in state.items()})
+        replace(Path(args.out) / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+
+def read_checkpoint(path):
+    """torch.load with weights_only=True; BadInput that names the file if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"checkpoint {path} not found") from None
+    except Exception as error:  # torch.load raises many kinds for a truncated or foreign file
+        reason = str(error).strip().split("\n")[0][:120]
+        raise BadInput(f"checkpoint {path} cannot be read (truncated, or no checkpoint?): "
+                       f"{reason}") from None
+
+
+FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads")  # may change on resuming
+
+
+def resume(state, args):
+    """Open the run folder: go on from its checkpoint, or begin with an empty log.
+
+    Returns: the number of steps done, 0 for a new run.
+    Errors: BadInput if the folder holds a run with other flags (named), or a broken checkpoint.
+    """
+    path, log = Path(args.out) / "checkpoint.pt", state["log"]
+    step = 0
+    if path.exists():
+        checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {
+                "format", "method", "step", "args", "state"}:
+            raise BadInput(f"{path} is not a checkpoint of this project; use another --out")
+        _same_flags(checkpoint["args"], args, checkpoint["method"])
+        try:
+            for name, part in state.items():
+                part.load_state_dict(checkpoint["state"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BadInput(f"{path} does not fit this network: {reason}") from None
+        step = checkpoint["step"]
+    elif log.path.exists():  # stopped before its first checkpoint
+        try:
+            header = json.loads(log.path.read_text().split("\n")[0])
+            _same_flags(header["args"], args, header["command"].split(".py")[0])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadInput(f"{log.path} is not a log of this project; use another --out") from None
+    if world() > 1:  # all have looked before rank 0 writes
+        steps = [None] * world()
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise BadInput(f"{path} is not the same for all processes: --out must be a folder that "
+                           "all nodes share")
+    if not path.exists():
+        log.lines = 1  # the header comes with the file: there is never a log without it
+        if rank() == 0:
+            replace(log.path, lambda file: file.write(f"{json.dumps(log.header)}\n".encode()))
+    return step
+
+
+def _same_flags(old, args, method):
+    new = plain(args)
+    changed = [f"--{k.replace('_', '-')} {old.get(k)} -> {new.get(k)}"
+               for k in sorted({**old, **new}) if k not in FREE_FLAGS and old.get(k) != new.get(k)]
+    if method != args.method:
+        changed.insert(0, f"{method}.py -> {args.method}.py")
+    if changed:
+        raise BadInput(f"{args.out} holds a run with other flags ({', '.join(changed)}); "
+                       "use another --out, or the same flags to go on")
+
+
+def summary(log, args, title, first_step):
+    """Pictures and the last words of a run, on rank 0: what was learnt, where it is, what next."""
+    if log.bar is not None:
+        log.bar.close()
+    if rank() > 0:
+        return
+    folder, records = Path(args.out), log.records()
+    knn = [r["knn_top1"] for r in records if r.get("knn_top1") is not None]
+    pictures = [p.name for p in (curves(log, args), folder / "views.png") if p and p.exists()]
+    next_command = f"python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}"
+    lines = [title]
+    if knn:
+        lines += [f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
+                  f"(column {args.label}, K = {args.knn_k}, T = {args.knn_t})"]
+    lines += [f"  checkpoint   {folder / 'checkpoint.pt'}", f"  log          {log.path}",
+              f"  pictures     {', '.join(str(folder / p) for p in pictures) or 'none'}",
+              f"  next         {next_command}"]
+    if first_step == log.total:
+        lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
+    if stopping():
+        lines = [f"stopped by SIGTERM and saved to {folder}; the same command goes on"]
+    say("\n".join(lines))
+
+
+def curves(log, args):
+    """Loss, learning rate and kNN accuracy over the epochs as curves.png; None without pyplot."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = log.records()
+    panels = [(k, label) for k, label in (("loss", "loss"), ("lr", "learning rate"),
+                                          ("knn_top1", f"kNN top-1 on {args.label} (%)"))
+              if any(r.get(k) is not None for r in records)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    for axis, (key, label) in zip(axes[0], panels, strict=True):
+        points = [(r["step"] / log.steps_per_epoch, r[key]) for r in records if key in r]
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, ms=3)
+        axis.set(xlabel="epoch", title=label)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{args.method}, {args.dataset}" +
+                    (" (synthetic)" if args.dataset == "shapes" else ""), fontsize=10)
+    figure.tight_layout()
+    path = Path(args.out) / "curves.png"
+    replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    plt.close(figure)
+    return path
+
+
+def views_picture(data, spec, path, rows=8, views=7):
+    """A sheet: one row an image, the image itself and then its augmented views."""
+    from torchvision.utils import make_grid
+
+    if rank() > 0:
+        return
+    first = next(data.batches(0, 1, spec, views))
+    some = slice(0, min(rows, len(first.rows)))
+    x = augment(first)[:, some].cpu()  # (V, rows, 3, S, S)
+    still = next(data.still_batches(data.train, first.rows[some].cpu(), spec["size"], False)).cpu()
+    mean, std = (torch.tensor(spec[k]).view(3, 1, 1) for k in ("mean", "std"))
+    sheet = torch.cat([still[None] / 255, x * std + mean]).transpose(0, 1)  # (rows, 1 + V, ...)
+    grid = make_grid(sheet.flatten(0, 1), nrow=1 + views, padding=2, pad_value=1)
+    grid = F.interpolate(grid[None], scale_factor=max(1, 64 // spec["size"]))[0].clamp(0, 1)
+    image = Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy())
+    replace(Path(path), lambda file: image.save(file, "PNG"))
+
+
+# ---------------------------------------------------------------------------------- 7 evaluation
+
+
+@torch.no_grad()
+def features(module, data, table, squash=False, pick=None, unit=False):
+    """Output of a network for every image of a table, in evaluation mode, computed by all ranks.
+
+    Args: module, images (n, 3, S, S) to (n, D), or to what `pick` takes (n, D) from; table of
+    `data`; squash, see `Data.still_batches`; unit: L2-normalise the rows.
+    Returns: (N, D) on every rank, float32 on the device. More than 2^30 numbers (ImageNet in
+    2048-d has 2.6e9) are kept on the CPU in float16.
+    """
+    args, N, W = data.args, len(table), world()
+    for buffer in module.buffers() if W > 1 else ():
+        dist.broadcast(buffer, 0)  # BatchNorm statistics: those of rank 0, as in the checkpoint
+    own = torch.arange(rank(), N, W)  # no padding: a row is computed once
+    mean, std = (torch.tensor(augmentation(args)[k], device=data.device).view(3, 1, 1) * 255
+                 for k in ("mean", "std"))
+    was_training = module.training
+    module.eval()
+    parts, large = [], False
+    for x in data.still_batches(table, own, args.image_size, squash):
+        y = module((x - mean) / std)
+        y = (y if pick is None else pick(y)).float()
+        y = F.normalize(y, dim=1) if unit else y
+        large = N * y.shape[1] > 2 ** 30
+        parts.append(y.half().cpu() if large else y)
+    module.train(was_training)
+    if W == 1:
+        return torch.cat(parts)
+    width = torch.tensor([parts[0].shape[1] if parts else 0], device=data.device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    mine = torch.cat(parts) if parts else torch.zeros(0, int(width), device=data.device)
+    mine = F.pad(mine, (0, 0, 0, -(-N // W) - len(mine)))  # equal shapes; the padding is cut below
+    everyone = [torch.empty_like(mine) for _ in range(W)]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone, 1).flatten(0, 1)[:N]  # row i stands on rank i % W
+
+
+@torch.no_grad()
+def top_k(query, bank, k, own=None, chunk=2 ** 25):
+    """The k most similar bank rows of every query (dot product), by blocks of bounded memory.
+
+    Args: query (Q, D); bank (N, D), any device or dtype, moved block by block; own (Q,) int64, the
+    bank row that is the query itself and is left out, or None; chunk: similarities at a time.
+    Returns: similarities (Q, k) in descending order and rows (Q, k) int64.
+    """
+    Q, N = len(query), len(bank)
+    if not 0 < k <= N - (own is not None):
+        raise BadInput(f"{k} neighbours asked for, the bank has {N - (own is not None)} rows")
+    columns = min(N, max(k, 2 ** 14))
+    rows = max(1, chunk // columns)
+    found = [[] for _ in range(0, Q, rows)]
+    for start in range(0, N, columns):  # the bank outermost: a block is moved once
+        block = bank[start:start + columns].to(query.device, query.dtype)
+        for i, q in enumerate(range(0, Q, rows)):
+            sims = query[q:q + rows] @ block.T
+            if own is not None:
+                at = own[q:q + rows] - start
+                inside = ((at >= 0) & (at < len(block))).nonzero().flatten()
+                sims[inside, at[inside]] = -math.inf
+            best, at = sims.topk(min(k, len(block)), dim=1)
+            at = at + start
+            if found[i]:
+                best, at = (torch.cat(pair, 1) for pair in zip(found[i], (best, at), strict=True))
+                best, order = best.topk(k, dim=1)
+                at = at.gather(1, order)
+            found[i] = (best, at)
+    return torch.cat([s for s, _ in found]), torch.cat([r for _, r in found])
+
+
+def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
+    """Class scores of the weighted kNN: score_c = sum over the k nearest of class c exp(sim / t).
+
+    Args: query (Q, D), bank (N, D), unit-norm rows; bank_labels (N,) int64 in 0..classes-1.
+    Returns: (Q, classes) float32. k is capped at N. Weights are relative to the nearest row's,
+    which changes no order.
+    """
+    sims, rows = top_k(query, bank, min(k, len(bank)))
+    weights = ((sims - sims[:, :1]) / t).exp()
+    scores = torch.zeros(len(query), classes, device=query.device)
+    return scores.scatter_add_(1, bank_labels.to(rows.device)[rows], weights)
+
+
+def knn_accuracy(module, data, pick=None):
+    """Top-1 of the weighted kNN of the test rows in the training rows, percent.
+
+    Features are L2-normalised; unlabelled rows (-1) are in neither set. None with one class only.
+    """
+    args = data.args
+    y_bank, y_query = (t.column(args.label).to(data.device) for t in (data.train, data.test))
+    if y_bank[y_bank >= 0].unique().numel() < 2 or not (y_query >= 0).any():
+        return None
+    bank, query = (features(module, data, t, pick=pick, unit=True)
+                   for t in (data.train, data.test))
+    if (known := y_bank >= 0).logical_not().any():  # no copy of a large bank where all are known
+        bank, y_bank = bank[known.to(bank.device)], y_bank[known]
+    known = y_query >= 0
+    query, y_query = query.float().to(data.device)[known], y_query[known]
+    own = slice(rank(), None, world())  # the ranks share the queries
+    classes = int(max(y_bank.max(), y_query.max())) + 1
+    scores = knn_scores(query[own], bank, y_bank, classes, args.knn_k, args.knn_t)
+    right = total((scores.argmax(1) == y_query[own]).sum())
+    return 100 * right.item() / len(query)
+
+
+def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20)):
+    """R@k: share of queries with a row of their class among the k nearest; and mAP@R; percent.
+
+    mAP@R: mean over queries of 1/R sum_{i <= R} (precision at i, where row i is right), R the
+    number of right rows in the bank. A query whose class is not in the bank counts 0 in R@k and is
+    left out of mAP@R. The ranks share the queries.
+
+    Args: query (Q, D) and bank (N, D), unit-norm rows; labels (Q,), (N,) int64. Without a bank the
+    queries are searched among themselves, and a query never finds itself.
+    """
+    alone = bank is None
+    bank, bank_labels = (query, query_labels) if alone else (bank, bank_labels)
+    bank_labels, query_labels = bank_labels.to(query.device), query_labels.to(query.device)
+    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    R = torch.bincount(bank_labels, minlength=classes)[query_labels] - int(alone)  # (Q,)
+    if max(ks) > len(bank) - alone:
+        raise BadInput(f"R@{max(ks)} asks for more rows than the bank has ({len(bank) - alone})")
+    depth = int(max(max(ks), R.max()))
+    place = torch.arange(1, depth + 1, device=query.device)
+    sums = torch.zeros(len(ks) + 2, dtype=torch.float64, device=query.device)
+    mine = torch.arange(rank(), len(query), world(), device=query.device)
+    for part in mine.split(max(1, 2 ** 25 // depth)):  # depth is large where a class is
+        _, rows = top_k(query[part], bank, depth, part if alone else None)
+        right = bank_labels[rows] == query_labels[part, None]  # (q, depth)
+        for i, k in enumerate(ks):
+            sums[i] += right[:, :k].any(1).sum()
+        precision = right.cumsum(1) / place * (right & (place <= R[part, None]))
+        has = R[part] > 0
+        sums[-2] += (precision.double().sum(1)[has] / R[part][has]).sum()
+        sums[-1] += has.sum()
+    *hits, average, counted = total(sums).tolist()
+    result = {f"R@{k}": 100 * n / len(query) for k, n in zip(ks, hits, strict=True)}
+    return {**result, "mAP@R": 100 * average / max(1, counted)}
+
+
+def accuracy(logits, target, topk=(1,)):
+    """Percent of rows whose target is among the k highest logits, for each k (at most C)."""
+    best = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices
+    right = best == target[:, None]
+    return [100 * right[:, :k].any(1).double().mean().item() for k in topk]
+
+
+# ---------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the flags that all methods share; --recipe sets defaults, a flag overrides."""
+
+    def __init__(self, method, doc, recipes):
+        super().__init__(prog=f"{method}.py", description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.method, self.recipes = method, recipes
+        add = self.add_argument_group("run").add_argument
+        add("--recipe", default="demo", help=", ".join(recipes))
+        add("--out", help="run folder (default runs/METHOD-RECIPE-seedSEED); resumed if it exists")
+        add("--seed", type=int, default=0)
+        add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        add("--threads", type=int, default=0, help="CPU threads a process (0: cores / processes)")
+        add("--log-every", type=int, default=50, help="steps; a line at every epoch's end too")
+        add("--knn-every", type=int, default=5, help="epochs between kNN evaluations")
+        add("--save-every", type=int, default=1, help="epochs between checkpoints")
+        add("--knn-k", type=int, default=200, help="K of the weighted kNN")
+        add("--knn-t", type=float, default=0.07, help="T of the weighted kNN")
+        add = self.add_argument_group("data").add_argument
+        add("--dataset", default="shapes", choices=list(SOURCES))
+        add("--data-dir", default="data", help="folder of the data set")
+        add("--download", action="store_true", help="let torchvision fetch CIFAR or STL-10")
+        add("--train-file", help="csv or npz: training file below --data-dir")
+        add("--test-file", help="csv or npz: test file below --data-dir")
+        add("--classes", help="folder: file with the class folders to use, one a line")
+        add("--label", default="label", help="column that evaluation uses")
+        add("--limit-train", type=int, help="use N training images, class-balanced, by seed")
+        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="readers a process")
+        add("--image-size", type=int, default=32, help="S, pixels")
+        add("--mean", type=float, nargs=3, help="channel means (default: the data set's)")
+        add("--std", type=float, nargs=3)
+        add = self.add_argument_group("augmentation").add_argument
+        add("--crop", type=float, nargs=2, default=[0.2, 1.0], help="share of the image's area")
+        add("--jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1],
+            help="brightness, contrast, saturation, hue")
+        add("--jitter-p", type=float, default=0.8)
+        add("--gray", type=float, default=0.2, help="probability")
+        add("--blur", type=float, default=0.0, help="probability; sigma uniform in 0.1 to 2")
+        add("--solarize", type=float, default=0.0, help="probability")
+        add("--erase", type=float, default=0.0, help="probability")
+        add = self.add_argument_group("network and optimisation").add_argument
+        add("--arch", default="resnet-tiny", choices=list(ARCHS))
+        add("--stem", default="imagenet", choices=["cifar", "imagenet"])
+        add("--epochs", type=int, default=20)
+        add("--batch-size", type=int, default=256, help="B, over all processes")
+        add("--optimizer", default="sgd", choices=["sgd", "lars", "adamw"])
+        add("--lr", type=float, default=0.5)
+        add("--momentum", type=float, default=0.9)
+        add("--nesterov", action=argparse.BooleanOptionalAction, default=False)
+        add("--weight-decay", type=float, default=1e-4)
+        add("--amp", default="none", choices=["none", "bf16", "fp16", "auto"],
+            help="mixed precision; auto: bf16 on CUDA")
+        add("--sync-bn", action="store_true", help="SyncBatchNorm on CUDA")
+        add("--channels-last", action="store_true")
+        add("--compile", action="store_true")
+
+    def error(self, message):
+        """One line instead of argparse's usage page."""
+        raise BadInput(message)
+
+    def parse_args(self, argv=None):
+        """Flags over recipe over defaults; checks the shared ones."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        name = super().parse_known_args(argv)[0].recipe
+        if name not in self.recipes:
+            raise BadInput(f"--recipe {name}: there are {', '.join(self.recipes)}")
+        self.set_defaults(**self.recipes[name])
+        args = super().parse_args(argv)
+        args.method, args.argv = self.method, argv
+        args.out = args.out or f"runs/{args.method}-{args.recipe}-seed{args.seed}"
+        for flag in ("epochs", "batch_size", "image_size", "log_every", "knn_every", "save_every",
+                     "knn_k", "knn_t"):
+            if not getattr(args, flag) > 0:
+                raise BadInput(f"--{flag.replace('_', '-')} must be above 0")
+        for flag in ("seed", "threads", "workers", "lr", "momentum", "weight_decay"):
+            if not (value := getattr(args, flag)) >= 0:
+                raise BadInput(f"--{flag.replace('_', '-')} {value}: must not be below 0")
+        for flag in ("jitter_p", "gray", "blur", "solarize", "erase"):
+            if not 0 <= (value := getattr(args, flag)) <= 1:
+                raise BadInput(f"--{flag.replace('_', '-')} {value}: not a probability in [0, 1]")
+        low, high = args.crop
+        if not 0 < low <= high <= 1:
+            raise BadInput(f"--crop {low} {high}: two shares of the area, 0 < low <= high <= 1")
+        if not (min(args.jitter) >= 0 and args.jitter[3] <= 0.5):
+            raise BadInput(f"--jitter {args.jitter}: none below 0, the hue at most 0.5")
+        if args.std and not all(value > 0 for value in args.std):
+            raise BadInput(f"--std {args.std}: must be above 0")
+        if args.optimizer == "sgd" and args.nesterov and args.momentum == 0:
+            raise BadInput("--nesterov needs --momentum above 0")
+        return args
+
+
+def main(argv=None):
+    """`python common.py --dataset NAME --picture FILE`: look at a data set and its views."""
+    parser = Parser("common", "Save a sheet of images beside their augmented views.", {"demo": {}})
+    parser.add_argument("--picture", required=True, help="PNG file to write")
+
+    def picture(args):
+        data = load(args, setup(args))
+        views_picture(data, augmentation(args), args.picture)
+        print(f"{len(data.train)} training and {len(data.test)} test images; columns "
+              f"{', '.join(data.train.columns)}; {args.picture}")
+
+    run(picture, parser, argv)
+
+
+if __name__ == "__main__":
+    main()

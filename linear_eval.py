@@ -1,0 +1,586 @@
+"""Evaluate the backbone of a checkpoint: kNN, retrieval, linear probes, fine-tuning on few labels.
+
+--checkpoint takes a file of any method of this project, a torchvision ResNet state dict, a
+MoCo-style file (`module.encoder_q.*`) or an authors' file (`encoder.*`, `backbone_q.*`, `net.*`):
+the prefix under which most weights fit is used. Heads are left out; what is loaded and what is not
+is printed, weights that do not fit are an error. A checkpoint of this project brings its data set,
+label column, image size, --limit-train and seed along: a flag overrides the recipe, the recipe the
+checkpoint.
+
+    fast      features extracted once: weighted kNN; R@1/5/10/20 and mAP@R of the test images in the
+              training images; a linear probe, softmax regression by SGD on standardised features
+              for a grid of learning rates and weight decays, chosen on 20 % of every class of the
+              TRAINING images, then fitted to all of them and tested once
+    linear    recipes clinfonce, clinfonce-dual, cifar, moco, wcl: a linear layer by SGD on
+              augmented images; backbone frozen, in evaluation mode, features not normalised
+    finetune  recipes semi-1, semi-10: the whole network on a class-balanced --fraction of the
+              training images, or on the images that --subset names
+
+The result of `linear` and `finetune` is the LAST epoch; the best epoch on the test set, which some
+papers quote, stands beside it under that name. A JSON file beside the checkpoint (--out) holds all.
+Nothing is resumed: an evaluation is short next to a training. With several processes --batch-size
+is the global batch and all ranks compute features; the fast probe runs alike on every rank.
+
+    python linear_eval.py --checkpoint runs/clinfonce-demo-seed0/checkpoint.pt --picture
+    python linear_eval.py --checkpoint none --dataset cifar100         # baseline: untrained network
+    python linear_eval.py --checkpoint FILE --recipe cifar --picture   # one GPU
+    python linear_eval.py --checkpoint FILE --fraction 0.1             # recipe semi-10
+    torchrun --nproc_per_node=4 linear_eval.py --checkpoint FILE --recipe moco --dataset folder \\
+        --data-dir DIR --image-size 224
+Shapes: N training images, D width of the backbone, C classes, G points of the grid, b rows.
+"""
+import argparse
+import collections
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import common
+
+# ---------------------------------------------------------------------------------- recipes
+
+# Sources: the authors' evaluation scripts (section 7 of the method cards), except `fast`. They keep
+# the incomplete last batch of an epoch, here it is dropped as in training: 312 steps an epoch on
+# ImageNet at batch 4096, not 313. `milestones`: the rate drops AFTER that many epochs.
+LINEAR = dict(mode="linear", momentum=0.9, weight_decay=0.0,
+              crop=[0.08, 1.0], jitter_p=0.0, gray=0.0, blur=0.0)  # crop and flip
+SEMI = dict(  # SwAV's eval_semisup.py; what WCL used is not known
+    LINEAR, mode="finetune", epochs=20, batch_size=256, schedule="steps", milestones=[12, 16],
+    gamma=0.2, protocol="SwAV-style")
+RECIPES = {
+    "fast": dict(  # chosen for this project
+        mode="fast", epochs=30, batch_size=256, momentum=0.9, lrs=[1.0, 3.0, 10.0, 30.0, 100.0],
+        weight_decays=[0.0, 1e-5, 1e-4, 1e-3]),
+    "clinfonce": dict(  # main_linear.py, run_eval.sh; the training augmentation, jitter included
+        mode="linear", epochs=100, batch_size=128, lr=0.3, momentum=0.95, nesterov=True,
+        weight_decay=1e-4, schedule="cosine-epoch",  # the last epoch has exactly lr * 1e-3
+        crop=[0.4, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray=0.2, blur=0.0),
+    "clinfonce-dual": dict(  # linear_eval.py of the dual-head repository: 0.2 * 4096 / 256 = 3.2
+        LINEAR, epochs=80, batch_size=4096, lr=None, lr_256=0.2, nesterov=True, schedule="cosine",
+        init_std=0.01),
+    "cifar": dict(  # RINCE, CIFAR-100; the scale of its crop is that of its training
+        LINEAR, crop=[0.2, 1.0], epochs=100, batch_size=512, lr=5.0, schedule="steps",
+        milestones=[60, 75, 90], gamma=0.2),
+    "moco": dict(  # main_lincls.py of MoCo v2 and CLD
+        LINEAR, epochs=100, batch_size=256, lr=30.0, schedule="steps", milestones=[60, 80],
+        gamma=0.1, init_std=0.01),
+    "wcl": dict(  # 0.2 * B / 256, at batch 4096: 1.6 (1 + cos(pi t / T))
+        LINEAR, epochs=80, batch_size=4096, lr=None, lr_256=0.2, nesterov=True, schedule="cosine",
+        init_std=0.01),
+    "semi-1": dict(SEMI, fraction=0.01, lr=5.0, lr_backbone=0.02),
+    "semi-10": dict(SEMI, fraction=0.1, lr=0.2, lr_backbone=0.01),
+}
+
+# ---------------------------------------------------------------------------------- checkpoint
+
+
+def read(path):
+    """The checkpoint as a dict, {} for `none`; BadInput that names the file otherwise."""
+    # authors' files hold their flags as a Namespace: a bag of values, loading one runs no code
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    checkpoint = {} if path == "none" else common.read_checkpoint(path)
+    if not isinstance(checkpoint, dict):
+        raise common.BadInput(f"checkpoint {path} holds a {type(checkpoint).__name__}, no weights")
+    return checkpoint
+
+
+def unwrap(checkpoint):
+    """Name -> tensor, without the dicts around it."""
+    for key in ("state", "state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            return unwrap(checkpoint[key])
+    # ResNets derived from SupContrast call the branch of a block `shortcut`
+    return {k.replace(".shortcut.", ".downsample."): v for k, v in checkpoint.items()
+            if isinstance(v, torch.Tensor)}
+
+
+@functools.cache
+def shapes_of(arch, stem):
+    """Name -> shape of the weights of a backbone."""
+    with torch.device("meta"):  # without memory
+        return {k: v.shape for k, v in common.resnet(arch, stem).state_dict().items()}
+
+
+def load_backbone(path, checkpoint, arch=None, stem=None):
+    """Backbone with the weights of a checkpoint, under whatever prefix they stand.
+
+    Args: path, for messages; checkpoint, from `read`; arch, stem: None = recognised by the weights.
+    Returns: the module; dict of arch, stem, prefix, loaded (number of tensors), left_out (first
+    name -> number), missing (BatchNorm's counters of steps, which nothing reads).
+    Errors: BadInput with the file and names if weights are missing, left over or of other shapes.
+    """
+    weights, best = unwrap(checkpoint), None
+    prefixes = dict.fromkeys(k[:-12] for k in weights if k.endswith("conv1.weight"))
+    for a in [arch] if arch else common.ARCHS:
+        for s in [stem] if stem else ("imagenet", "cifar"):
+            shapes = shapes_of(a, s)
+            for p in (p for p in prefixes if "layer" not in p):
+                fits = [k for k in shapes if p + k in weights and weights[p + k].shape == shapes[k]]
+                copy = any(w in p for w in ("_k.", "ema", "momentum", "target", "teacher"))
+                score = (len(fits), -len(shapes), not copy)  # of two equal, not the slow encoder
+                if best is None or score > best[0]:
+                    best = score, p, a, s, shapes, fits
+    if best is None or not best[-1]:
+        raise common.BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
+                              f"{', '.join(list(weights)[:3]) or 'no tensor'}")
+    _, prefix, arch, stem, shapes, fits = best
+    absent = [k for k in shapes if k not in fits and not k.endswith("num_batches_tracked")]
+    for what, keys in (("of another shape", [k for k in absent if prefix + k in weights]),
+                       ("missing", absent),
+                       ("left over", [k[len(prefix):] for k in weights if k.startswith(
+                           prefix + "layer") and k[len(prefix):] not in shapes])):
+        if keys:
+            raise common.BadInput(f"checkpoint {path} is no {arch} with {stem} stem: {len(keys)} "
+                                  f"weights {what}, {', '.join(prefix + k for k in keys[:3])}")
+    backbone = common.resnet(arch, stem)
+    backbone.load_state_dict({k: weights[prefix + k] for k in fits}, strict=False)
+    left_out = collections.Counter()
+    for key in set(weights) - {prefix + k for k in fits}:
+        start = len(prefix) if key.startswith(prefix) else 7 * key.startswith("module.")
+        left_out[key[:start] + key[start:].split(".")[0]] += 1
+    return backbone, dict(arch=arch, stem=stem, prefix=prefix, loaded=len(fits),
+                          left_out=dict(sorted(left_out.items())),
+                          missing=[k for k in shapes if k not in fits])
+
+
+# ---------------------------------------------------------------------------------- rows
+
+
+def load(args, device):
+    """The images that take part, with labels 0..C-1 (numbered by the training set).
+
+    Left out: images without label, and classes with fewer than --min-per-class training images.
+    Then --subset or --fraction of the training images.
+    Returns: common.Data; the C class names; notes for the log.
+    """
+    # batch 1: whether the batch fits can be asked when the rows are chosen, and of no fast probe
+    small = argparse.Namespace(**{**vars(args), "batch_size": 1})
+    whole = common.load(small, device)
+    labels = whole.train.column(args.label)
+    ids, counts = labels[labels >= 0].unique(return_counts=True)
+    ids = ids[counts >= args.min_per_class]
+    if len(ids) < 2:
+        raise common.BadInput(f"--label {args.label} has {len(ids)} classes with --min-per-class "
+                              f"{args.min_per_class} training images; two are needed")
+    tables, notes = [], whole.train.notes + whole.test.notes
+    for name, table in (("training", whole.train), ("test", whole.test)):
+        rows = torch.isin(table.column(args.label), ids).nonzero().flatten()
+        if not len(rows):
+            raise common.BadInput(f"--label {args.label}: no {name} image has one of the classes")
+        if len(rows) < len(table):
+            notes.append(f"{len(table) - len(rows)} of {len(table)} {name} images left out: no "
+                         f"label, or a class of fewer than {args.min_per_class} training images")
+        tables.append(table.select(rows))
+        tables[-1].columns[args.label] = torch.searchsorted(ids, table.column(args.label)[rows])
+    train, test = tables
+    if args.subset:
+        train = train.select(subset_rows(train, args))
+    elif args.fraction is not None:
+        n = int(args.fraction * len(train) + 1e-9)  # rounded down: 12,811 of ImageNet
+        if n < len(ids):
+            raise common.BadInput(f"--fraction {args.fraction}: {n} of {len(train)} training "
+                                  f"images leave some of the {len(ids)} classes without one")
+        train = train.select(common.balanced_rows(train.columns[args.label], n, args.seed))
+    names = whole.train.classes.get(args.label) or [str(i) for i in range(int(ids.max()) + 1)]
+    data = common.Data(train, test, small if args.mode == "fast" else args, device)
+    return data, [str(names[i]) for i in ids.tolist()], notes
+
+
+def subset_rows(table, args):
+    """Rows that --subset names, one a line: file name, path below --data-dir, or row number."""
+    rows = {str(i): row for row, i in enumerate(table.index.tolist())}
+    for row, path in enumerate(table.paths or []):
+        name = os.path.basename(path)
+        rows[name] = None if name in rows else row  # None: two images of that name
+        rows[os.path.relpath(path, args.data_dir)] = row
+    try:
+        names = [s.strip() for s in Path(args.subset).read_text().split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise common.BadInput(f"--subset {args.subset} cannot be read: {error}") from None
+    for number, name in enumerate(names, 1):
+        if name and rows.get(name) is None:
+            raise common.BadInput(f"--subset {args.subset}, line {number}: {name!r} names no "
+                                  "labelled training image, or two: write its whole path")
+    if not any(names):
+        raise common.BadInput(f"--subset {args.subset} names no image")
+    return torch.tensor([rows[name] for name in names if name]).unique()
+
+
+# ---------------------------------------------------------------------------------- fast probe
+
+
+def standardise(x):
+    """Function (x, rows, device) -> (b, D + 1) float32: those rows, and a 1 for the bias.
+
+    Over x (N, D) a row has mean 0 and mean square norm 1, so that rates do not depend on D. Done
+    by the batch, since ImageNet's features do not fit on a GPU.
+    """
+    sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+    for part in x.split(2 ** 16):
+        sums += torch.stack([part.double().sum(0), part.double().square().sum(0)])
+    mean, square = sums / len(x)
+    std = (square - mean ** 2).clamp(min=0).sqrt()
+    std = torch.maximum(std, 1e-4 * square.sqrt() + 1e-12) * x.shape[1] ** 0.5  # some never move
+    mean, std = mean.float(), std.float()
+
+    def batch(x, rows, device):
+        return F.pad(((x[rows.to(x.device)].float() - mean) / std).to(device), (0, 1), value=1.0)
+    return batch
+
+
+def fit(x, y, rows, batch, classes, grid, args):
+    """Softmax regression by SGD with momentum, cosine to 0, for a whole grid side by side.
+
+    Args: x (N, D); y (N,) int64, on the device that computes; rows (n,) int64, those to fit; batch,
+    from `standardise`; grid, G pairs (learning rate, weight decay; the bias is not decayed).
+    Returns: W (D + 1, G, C) float32. It starts from 0: only the order of the rows is random.
+    """
+    lr, decay = torch.tensor(grid, device=y.device).T[:, :, None]  # (G, 1) each
+    W = torch.zeros(x.shape[1] + 1, len(grid), classes, device=y.device)
+    velocity, step, steps = torch.zeros_like(W), 0, args.epochs * -(-len(rows) // args.batch_size)
+    for epoch in progress(range(args.epochs), args.epochs, f"fast probe, grid of {len(grid)}"):
+        order = torch.randperm(len(rows), generator=common.generator(args.seed, epoch, "probe"))
+        for part in rows[order].split(args.batch_size):
+            xb = batch(x, part, y.device)  # (b, D + 1)
+            p = (xb @ W.flatten(1)).unflatten(1, W.shape[1:]).softmax(2)  # (b, G, C)
+            p -= F.one_hot(y[part.to(y.device)], classes)[:, None]  # gradient of the cross-entropy
+            gradient = (xb.T @ p.flatten(1) / len(part)).unflatten(1, W.shape[1:])
+            gradient[:-1] += decay * W[:-1]
+            velocity.mul_(args.momentum).add_(gradient)
+            W -= common.warmup_cosine(step, steps, 1.0) * lr * velocity
+            step += 1
+    return W
+
+
+def choose(x, y, batch, classes, args):
+    """Point of the grid with the best accuracy on held-out training rows; it is given no test row.
+
+    Held out: 20 % of each class, at least one row, but never the only one; drawn by the seed.
+    Returns: dict of lr, weight_decay, validation_top1 (of equal points the first), and the grid.
+    """
+    order = torch.randperm(len(y), generator=common.generator(args.seed, 0, "held out"))
+    of_class = [order[y.cpu()[order] == c] for c in range(classes)]
+    held = [r[:max(1, len(r) // 5)] for r in of_class if len(r) > 1]
+    if not held:
+        raise common.BadInput("the fast probe needs a class with two training images to choose by")
+    held = torch.cat(held)
+    rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, held, False).nonzero().flatten()
+    grid = [(lr, decay) for lr in args.lrs for decay in args.weight_decays]
+    W = fit(x, y, rest, batch, classes, grid, args)
+    right = torch.zeros(len(grid), device=y.device)
+    for part in held.split(2 ** 11):
+        logits = (batch(x, part, y.device) @ W.flatten(1)).unflatten(1, W.shape[1:])  # (b, G, C)
+        right += (logits.argmax(2) == y[part.to(y.device), None]).sum(0)
+    top1 = (100 * right.double() / len(held)).tolist()
+    found = [dict(lr=lr, weight_decay=decay, validation_top1=value)
+             for (lr, decay), value in zip(grid, top1, strict=True)]
+    return dict(max(found, key=lambda f: f["validation_top1"]), held_out=len(held), grid=found)
+
+
+def known(x, ids):
+    """Rows of x with an id, and the ids; no copy of a large x where all have one."""
+    keep = ids >= 0
+    return (x, ids) if keep.all() else (x[keep.to(x.device)], ids[keep])
+
+
+def fast(args, data, h, classes, device):
+    """kNN, fast probe and retrieval from the features h of (train, test). Returns: results."""
+    y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
+    bank, query = (F.normalize(x, dim=1) for x in h)
+    own = slice(common.rank(), None, common.world())  # the ranks share the queries
+    scores = common.knn_scores(query[own], bank, y, classes, args.knn_k, args.knn_t)
+    right = common.total((scores.argmax(1) == y_test[own]).sum())
+    retrieval = {}
+    for name in dict.fromkeys([args.label, *args.retrieval_labels]):
+        ids, wanted = (t.column(name).to(device) for t in (data.train, data.test))
+        retrieval[name] = common.retrieval(*known(query, wanted), *known(bank, ids))
+    batch = standardise(h[0])
+    choice = choose(h[0], y, batch, classes, args)
+    W = fit(h[0], y, torch.arange(len(y)), batch, classes,
+            [(choice["lr"], choice["weight_decay"])], args)[:, 0]
+    logits = torch.cat([batch(h[1], part, device) @ W
+                        for part in torch.arange(len(y_test)).split(2 ** 13)])
+    return dict(knn=dict(top1=100 * right.item() / len(y_test)), probe=top(logits, y_test),
+                choice=choice, retrieval=retrieval)
+
+
+# ---------------------------------------------------------------------------------- SGD probe
+
+
+def rate(step, steps_per_epoch, lr, args):
+    """Learning rate of a step (from 0), of a group that starts with lr."""
+    epoch = step // steps_per_epoch + 1
+    if args.schedule == "cosine-epoch":
+        return common.cosine_by_epoch(epoch, args.epochs, lr, lr * 1e-3)
+    if args.schedule == "steps":
+        return common.steps_by_epoch(epoch, args.milestones, lr, args.gamma)
+    return common.warmup_cosine(step, args.epochs * steps_per_epoch, lr)
+
+
+def probe(args, data, backbone, classes, device):
+    """Train the linear layer, or the whole network. Returns: results of last, best, all epochs."""
+    torch.manual_seed(args.seed)
+    fc, frozen = nn.Linear(backbone.width, classes), args.mode == "linear"
+    if args.init_std:
+        nn.init.normal_(fc.weight, std=args.init_std)
+        nn.init.zeros_(fc.bias)
+    groups = [dict(params=list(fc.parameters()), start=args.lr)]
+    if not frozen:
+        groups.append(dict(params=list(backbone.parameters()), start=args.lr_backbone))
+    model = nn.Sequential(backbone.requires_grad_(not frozen).train(not frozen), fc.to(device))
+    network = common.ddp(model, args)
+    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov,
+                                weight_decay=args.weight_decay)
+    scaler, steps = common.scaler(args, device), args.epochs * data.steps_per_epoch
+    y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
+    fixed = common.features(backbone, data, data.test).to(device) if frozen else None
+    epochs, losses = [], []
+    batches = data.batches(0, steps, common.augmentation(args), views=1)
+    for batch in (bar := progress(batches, steps, args.recipe)):
+        x = common.augment(batch).flatten(0, 1)  # (b, 3, S, S)
+        with common.autocast(args, device):
+            z = network(x)
+        loss = F.cross_entropy(z.float(), y[batch.rows])
+        for group in reversed(optimizer.param_groups):  # the layer's last: the log shows it
+            group["lr"] = rate(batch.step, data.steps_per_epoch, group["start"], args)
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(common.finite(loss, batch.step))  # mean over the ranks
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if data.end_of_epoch(batch.step):
+            with torch.no_grad():
+                z = fc(fixed) if frozen else common.features(model, data, data.test)
+            epochs.append(dict(top(z, y_test), epoch=len(epochs) + 1, lr=group["lr"],
+                               loss=sum(losses) / len(losses)))
+            bar.set_postfix({k: f"{v:.4g}" for k, v in epochs[-1].items()}, refresh=False)
+            losses = []
+    return dict(last=epochs[-1], best_on_test=max(epochs, key=lambda e: e["top1"]), epochs=epochs)
+
+
+def top(logits, y):
+    """Dict of top1 and, with more than five classes, top5, in percent."""
+    return {f"top{k}": common.accuracy(logits, y, (k,))[0] for k in (1, 5)
+            if k == 1 or logits.shape[1] > k}
+
+
+# ---------------------------------------------------------------------------------- results
+
+
+def progress(steps, total, what):
+    """tqdm on rank 0."""
+    from tqdm import tqdm
+
+    return tqdm(steps, total=total, desc=what, disable=common.rank() > 0, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 20)
+
+
+def results_file(args):
+    """Where the results go; BadInput if it cannot be written or is not from an equal run."""
+    folder = Path(args.checkpoint).parent
+    if args.checkpoint == "none":
+        folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
+    path = folder / f"linear_eval-{args.recipe}-{args.label}.json" if args.out is None else \
+        Path(args.out)
+    above = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise common.BadInput(f"{path} cannot be written; use another --out")
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            old = old["args"] if old["script"] == "linear_eval.py" else {}["args"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise common.BadInput(f"{path} is no file of this script; use another --out") from None
+        new, free = common.plain(args), (*common.FREE_FLAGS, "picture", "device")
+        if changed := [f"--{k.replace('_', '-')} {old.get(k)} -> {new.get(k)}" for k in sorted(
+                {**old, **new}) if old.get(k) != new.get(k) and k not in free]:
+            raise common.BadInput(f"{path} holds results with other flags ({', '.join(changed)}); "
+                                  "use another --out")
+    return path
+
+
+def table(results, name=""):
+    """Lines for the terminal: one for every dict of numbers, under the names that lead to it."""
+    numbers = [f"{k} {v:.4g}" for k, v in results.items() if isinstance(v, (int, float))]
+    lines = [f"  {name:20} {'   '.join(numbers)}"] if numbers else []
+    for key, value in results.items():
+        lines += table(value, f"{name} {key}".strip()) if isinstance(value, dict) else []
+    return lines
+
+
+def picture(path, args, data, h, names, queries=8, near=8, side=96):
+    """PNG: test images and their nearest training images, framed green where the label agrees."""
+    from PIL import Image, ImageDraw
+
+    rows = torch.randperm(len(data.test), generator=common.generator(args.seed, 0, "picture"))
+    rows, near = rows[:queries], min(near, len(data.train))
+    bank, query = F.normalize(h[0], dim=1), F.normalize(h[1][rows.to(h[1].device)], dim=1)
+    found = common.top_k(query, bank, near)[1].cpu()  # (queries, near)
+
+    def tiles(table, rows):  # (n, side, side, 3) uint8, n labels
+        x = torch.cat(list(data.still_batches(table, rows, args.image_size, False))).cpu()
+        x = F.interpolate(x, size=(side, side)).round().byte().permute(0, 2, 3, 1)
+        return x.numpy(), table.columns[args.label][rows].tolist()
+
+    queries, close = tiles(data.test, rows), tiles(data.train, found.flatten())
+    left, above, width, height = 14, 26, side + 14, side + 30
+    sheet = Image.new("RGB", (2 * left + (near + 1) * width, above + len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((left, 7), "test image", "black")
+    pen.text((2 * left + width, 7), "nearest training images, most similar first; frame: green = "
+             f"same {args.label}, red = another" +
+             (" (synthetic images)" if args.dataset == "shapes" else ""), "black")
+    for row in range(len(rows)):
+        for column in range(near + 1):
+            images, labels = close if column else queries
+            i = row * near + column - 1 if column else row
+            x, y = left + column * width + left * (column > 0), above + row * height
+            colour = (90, 90, 90) if not column else (
+                (40, 160, 60) if labels[i] == queries[1][row] else (205, 50, 45))
+            pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), fill=colour)
+            sheet.paste(Image.fromarray(images[i]), (x, y))
+            text = names[labels[i]]
+            while pen.textlength(text) > side + 4:
+                text = text[:-3] + ".."
+            pen.text((x, y + side + 6), text, "black")
+    common.replace(path, lambda file: sheet.save(file, "PNG"))
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(args, checkpoint):
+    """Evaluate on this rank; see the docstring of the file."""
+    begin = time.time()
+    check(args)
+    path, flags, device = results_file(args), common.plain(args), common.setup(args)
+    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if args.checkpoint == "none":
+        backbone, about = common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
+        words = [f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"]
+    else:
+        backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
+        words = [f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, "
+                 f"{about['stem']} stem, loaded from '{about['prefix']}*'; left out: " +
+                 (", ".join(f"{k} ({n})" for k, n in about["left_out"].items()) or "nothing") +
+                 f"; missing: {', '.join(about['missing'][:3]) or 'nothing'}"]
+    data, names, notes = load(args, device)
+    for column in args.retrieval_labels:
+        data.train.column(column), data.test.column(column)
+    given = any(word.split("=")[0] == "--knn-k" for word in args.argv)
+    if given and args.knn_k > len(data.train):  # the default takes as many as there are
+        raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training images")
+    if common.rank() == 0:
+        print("\n".join(words + notes), flush=True)
+
+    backbone, h = backbone.to(device, memory_format=common.layout(args)).eval(), None
+    if args.mode != "fast":
+        results = probe(args, data, backbone, len(names), device)
+    if args.mode == "fast" or args.picture is not None:
+        h = [common.features(backbone, data, t) for t in (data.train, data.test)]
+    if args.mode == "fast":
+        results = fast(args, data, h, len(names), device)
+    if common.rank() > 0:
+        return
+    ours = checkpoint if checkpoint.get("format") == 1 else {}
+    record = dict(
+        script="linear_eval.py", command=" ".join(["linear_eval.py", *args.argv]),
+        checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
+        backbone=about, recipe=args.recipe, protocol=args.protocol or f"recipe {args.recipe}",
+        label=args.label, seed=args.seed, results=results, data=dict(
+            train=len(data.train), test=len(data.test), classes=len(names), notes=notes),
+        args=flags, processes=common.world(), threads=torch.get_num_threads(),
+        device=common.device_name(device),
+        versions=dict(python=sys.version.split()[0], torch=torch.__version__,
+                      torchvision=torchvision.__version__), seconds=round(time.time() - begin, 1))
+    source = args.dataset + (" (synthetic)" if args.dataset == "shapes" else "")
+    print(f"protocol: {record['protocol']}; {source}, column {args.label}: {len(names)} classes, "
+          f"{len(data.train)} training and {len(data.test)} test images")
+    print("\n".join(table(results)))
+    common.replace(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    print(f"  {'results':20} {path}")
+    if args.picture is not None:
+        image = Path(args.picture) if args.picture else path.with_suffix(".png")
+        picture(image, args, data, h, names)
+        print(f"  {'picture':20} {image}")
+
+
+def check(args):
+    """BadInput for flags that cannot work; the rate that depends on the batch."""
+    if args.fraction is not None and not 0 < args.fraction <= 1:
+        raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
+    if args.dataset not in common.SOURCES:
+        raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
+    if args.optimizer != "sgd":
+        raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
+    if args.lr is None:
+        args.lr = args.lr_256 * args.batch_size / 256
+
+
+class Parser(common.Parser):
+    """The shared flags; a checkpoint of this project gives their defaults."""
+
+    def parse_args(self, argv=None):
+        """Flag over recipe over checkpoint; self.checkpoint is what `read` gave."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        given = self.parse_known_args(argv)[0]
+        self.checkpoint = read(given.checkpoint)
+        if given.recipe is None:
+            if given.subset and given.fraction is None:
+                raise common.BadInput("--subset needs a --recipe: semi-1, semi-10, or a probe")
+            self.set_defaults(recipe="fast" if given.fraction is None else
+                              "semi-1" if given.fraction < 0.05 else "semi-10")
+        if self.checkpoint.get("format") == 1:
+            old = self.checkpoint["args"]
+            keep = ["image_size", "seed", "knn_k", "knn_t", "channels_last"]
+            if given.dataset in (None, old["dataset"]):  # they mean nothing to another data set
+                keep += ["dataset", "data_dir", "train_file", "test_file", "classes", "label",
+                         "limit_train", "mean", "std"]
+            self.set_defaults(**{k: old[k] for k in keep})
+        if given.checkpoint == "none":  # else the weights tell
+            self.set_defaults(arch="resnet-tiny", stem="imagenet")
+        args = super().parse_args(argv)
+        args.dataset, args.out = args.dataset or "shapes", given.out
+        return args
+
+
+def main(argv=None):
+    """Flags and start; `main([...])` runs in this process."""
+    parser = Parser("linear_eval", __doc__, RECIPES)
+    parser.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
+    add("--out", help="JSON file (default: linear_eval-RECIPE-LABEL.json beside the checkpoint)")
+    add("--picture", nargs="?", const="", help="save a retrieval grid (default: beside --out)")
+    add("--retrieval-labels", nargs="+", default=[], help="further columns for R@k and mAP@R")
+    add("--min-per-class", type=int, default=1, help="leave out classes with fewer training images")
+    add("--fraction", type=float, help="share of the training images, class-balanced, by seed; "
+        "without --recipe: semi-1 below 0.05, else semi-10")
+    add("--subset", help="file of the training images to use, one file name or row number a line")
+    add("--mode", default="fast", choices=["fast", "linear", "finetune"], help="see above")
+    add("--lrs", type=float, nargs="+", default=[1.0], help="fast: learning rates of the grid")
+    add("--weight-decays", type=float, nargs="+", default=[0.0], help="fast: those of the grid")
+    add("--lr-backbone", type=float, default=0.01, help="finetune; --lr is that of the new layer")
+    add("--lr-256", type=float, default=0.2, help="recipes without --lr: rate per 256 images")
+    add("--schedule", default="cosine", choices=["cosine", "cosine-epoch", "steps"],
+        help="per iteration to 0, per epoch to 0.001 lr, or --gamma at --milestones")
+    add("--milestones", type=int, nargs="+", default=[], help="epochs after which the rate drops")
+    add("--gamma", type=float, default=0.1, help="factor of a drop")
+    add("--init-std", type=float, default=0.0, help="of the new layer's weights (0: torch's init)")
+    parser.set_defaults(recipe=None, dataset=None, arch=None, stem=None, protocol=None)
+    common.run(lambda args: evaluate(args, parser.checkpoint), parser, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,668 @@
+"""Bad input: one line that names the file, row, key or flag, the exit status, nothing overwritten.
+
+`refused` runs clinfonce.py in this process and checks what holds for every case; each test then
+says which words the line must hold. Exit status 2: the input cannot work, and the run folder is as
+it was before. Exit status 1: a failure during the run, and the last checkpoint is kept.
+"""
+import errno
+import io
+import json
+import math
+import os
+import resource
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import image, write_folder, write_pack
+
+import clinfonce
+import common
+
+TINY = ["--device", "cpu", "--threads", "1", "--workers", "0", "--epochs", "1", "--knn-k", "5"]
+SHAPES = [*TINY, "--limit-train", "64", "--batch-size", "16"]
+FILES = [*TINY, "--clusters", "instance", "--batch-size", "4"]
+
+
+def contents(folder):
+    """Name -> bytes of all files below a folder, {} if there is none."""
+    if folder.is_file():
+        return folder.read_bytes()
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, shapes_once):
+    def refused(argv, *words, status=2, out=tmp_path / "run"):
+        before = contents(out)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            clinfonce.main([*(str(a) for a in argv), "--out", str(out)])
+        printed = capsys.readouterr()
+        lines = printed.err.splitlines()  # a progress bar goes back with \r: its states are lines
+        bar = [s for s in lines if "step/s" in s or not s]
+        assert [s for s in lines if s not in bar] == lines[-1:], printed.err
+        assert lines[-1].startswith("clinfonce.py: error: ")
+        assert printed.err.endswith(lines[-1] + "\n") and printed.out == ""
+        assert stop.value.code == status
+        missing = [w for w in map(str, words) if w not in lines[-1]]
+        assert not missing, f"{missing} not in: {lines[-1]}"
+        assert not list(tmp_path.rglob("*.tmp"))
+        if status == 2:
+            assert bar == [] and contents(out) == before and out.exists() == bool(before)
+        return lines[-1]
+
+    return refused
+
+
+# ---------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--recipe", "imagnet"], ["--recipe imagnet", "demo, c100-small", "imagenet100-dual"]),
+    (["--epochz", "3"], ["--epochz 3"]),
+    (["--epoch", "3"], ["--epoch 3"]),  # no abbreviations: they change when a flag is added
+    (["--dataset", "cifar"], ["--dataset", "'cifar'", "shapes", "cifar10", "folder"]),
+    (["--epochs", "many"], ["--epochs", "'many'"]),
+    (["--epochs", "0"], ["--epochs must be above 0"]),
+    (["--batch-size", "0"], ["--batch-size must be above 0"]),
+    (["--batch-size", "65"], ["--batch-size 65 is larger than the training set of 64 images"]),
+    (["--limit-train", "4097"], ["--limit-train 4097", "has 4096 images"]),
+    (["--limit-train", "-1"], ["--limit-train -1"]),
+    (["--limit-train", "0"], ["--limit-train 0"]),
+    (["--tau", "0"], ["--tau must be above 0"]),
+    (["--tau", "-0.1"], ["--tau must be above 0"]),
+    (["--tau", "nan"], ["--tau must be above 0"]),
+    (["--base-tau", "0"], ["--base-tau must be above 0"]),
+    (["--k", "0"], ["--k must be above 0"]),
+    (["--clusters", "kmeans", "--k", "65"], ["--k 65 needs at least 65 images, found 64"]),
+    (["--clusters", "attributes:0"], ["--clusters attributes:0", "there are 5 attributes"]),
+    (["--clusters", "attributes:99"], ["--clusters attributes:99", "there are 5 attributes"]),
+    (["--clusters", "attributes:two"], ["--clusters attributes:two"]),
+    (["--clusters", "attributes:1", "--attributes", "season"], ["'season'", "label, coarse"]),
+    (["--clusters", "kind"], ["'kind'", "label, coarse, pattern, colour"]),
+    (["--clusters", "10"], ["'label_gran_10'", "label, coarse, pattern, colour"]),
+    (["--label", "kind"], ["'kind'", "label, coarse, pattern, colour"]),
+    (["--clusters", "level_3", "--hierarchy", "no/tree.json"], ["--hierarchy no/tree.json"]),
+    (["--dual"], ["--dual goes with --clusters kmeans"]),
+    (["--dual", "--clusters", "instance"], ["--dual goes with --clusters kmeans"]),
+    (["--loss", "ce", "--clusters", "kmeans"], ["--loss ce needs --clusters with a column"]),
+    # values that torch or numpy would refuse later, with a traceback
+    (["--gray", "1.5"], ["--gray 1.5"]),
+    (["--jitter-p", "-0.1"], ["--jitter-p -0.1"]),
+    (["--jitter", "0.4", "0.4", "0.4", "0.9"], ["--jitter", "0.9"]),
+    (["--crop", "0.8", "0.2"], ["--crop 0.8 0.2"]),
+    (["--crop", "0", "1"], ["--crop 0.0 1.0"]),
+    (["--std", "0.2", "0", "0.2"], ["--std"]),
+    (["--lr", "-1"], ["--lr"]),
+    (["--weight-decay", "-1"], ["--weight-decay"]),
+    (["--momentum", "-0.9"], ["--momentum"]),
+    (["--momentum", "0", "--nesterov"], ["--nesterov"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--threads", "-1"], ["--threads -1"]),
+    (["--workers", "-1"], ["--workers -1"]),
+])
+def test_flags(refused, argv, words):
+    refused([*SHAPES, *argv], *words)
+
+
+def test_batch_that_does_not_divide(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    refused(SHAPES, "--batch-size 16 does not divide by 3 process(es)")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda(refused):
+    refused([*SHAPES, "--device", "cuda"], "--device cuda", "no CUDA device", "--device cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_more_cuda_ranks_than_gpus(refused, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    refused([*SHAPES, "--device", device], "4 processes on a machine with 2 GPU(s)",
+            "--nproc_per_node=2")
+
+
+def test_only_the_first_process_of_a_machine_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        clinfonce.main([*SHAPES, "--recipe", "imagnet"])
+    assert stop.value.code == 2 and capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(("dataset", "words"), [
+    ("cifar10", ["--dataset cifar10", "--download"]),
+    ("cifar100", ["--dataset cifar100", "--download"]),
+    ("stl10", ["--dataset stl10", "--download"]),
+    ("stl10-full", ["--dataset stl10-full", "--download"]),
+    ("folder", ["--data-dir", "no such folder"]),
+    ("csv", ["meta_data_train.csv not found"]),
+    ("npz", ["p.npz: not found"]),
+])
+def test_wrong_data_dir(refused, tmp_path, dataset, words):
+    refused([*FILES, "--dataset", dataset, "--data-dir", tmp_path / "nowhere", "--train-file",
+             "p.npz" if dataset == "npz" else "meta_data_train.csv"], tmp_path / "nowhere", *words)
+
+
+TREE = {"train/cat": 8, "train/dog": 8, "val/cat": 2, "val/dog": 2}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path / "tree", TREE)
+    return tmp_path / "tree", [*FILES, "--dataset", "folder", "--data-dir", tmp_path / "tree"]
+
+
+def test_class_folder_without_image(refused, folder):
+    root, argv = folder
+    (root / "train/cow").mkdir()
+    (root / "train/cow/readme.txt").write_text("no image")
+    refused(argv, root / "train/cow", "no image")
+
+
+def test_class_folder_missing_in_val(refused, folder):
+    root, argv = folder
+    shutil.rmtree(root / "val/dog")
+    refused(argv, root / "val/dog", "missing")
+
+
+def test_no_held_out_part(refused, folder):
+    root, argv = folder
+    shutil.rmtree(root / "val")
+    refused(argv, root, "neither val/ nor test/")
+    # without train/ every fifth image is held out: four a class leave nothing
+    write_folder(root / "few", {"cat": 4, "dog": 4})
+    refused([*argv, "--data-dir", root / "few"], root / "few")
+
+
+def test_class_list(refused, folder):
+    root, argv = folder
+    names = root / "list.txt"
+    argv = [*argv, "--classes", names]
+    refused(argv, "--classes", names, "No such file")
+    names.write_text("cat\nbird\n")
+    refused(argv, "--classes", names, "no folder in", "'bird'")
+    names.write_text("# nothing but a comment\n")
+    refused(argv, "--classes", names)
+    names.write_bytes(b"cat\n\xff\xfe\n")
+    refused(argv, "--classes", names)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Write a CSV of 12 images with some cells changed; returns the flags that read it."""
+    write_folder(tmp_path / "tree", {"i": 12})
+
+    def write(cells=None, header=",path,class,label_gran_3", tail="",
+              val=",path,class\n0,i/0000.png,1\n"):
+        rows = [[str(40 + i), f"i/{i:04}.png", str(i % 2 + 1), str(i % 3)] for i in range(12)]
+        for (row, place), text in (cells or {}).items():
+            rows[row][place] = text
+        text = "\n".join([header, *(",".join(r) for r in rows)]) + "\n" + tail
+        (tmp_path / "tree/meta_data_train.csv").write_text(text)
+        (tmp_path / "tree/meta_data_val.csv").write_text(val)
+        return [*FILES, "--dataset", "csv", "--data-dir", tmp_path / "tree"]
+
+    return write
+
+
+CSV = "meta_data_train.csv"
+
+
+def test_csv_columns(refused, table):
+    refused(table(header=",file,class,label_gran_3"), CSV, "'path'", "file, class, label_gran_3")
+    refused(table(header=",path,kind,label_gran_3"), CSV, "'class'", "path, kind, label_gran_3")
+    refused([*table(), "--clusters", "10"], "'label_gran_10'", "class, label_gran_3")
+    refused([*table(), "--clusters", "level_12"], "'label_gran_level_12'", "class, label_gran_3")
+
+
+@pytest.mark.parametrize("cell", ["", "NaN", "1.5", "cat", "9" * 30])
+def test_csv_id_that_is_no_integer(refused, table, cell):
+    for place, name in ((2, "class"), (3, "label_gran_3")):
+        refused(table({(4, place): cell}), CSV, "row 44", f"column {name}", repr(cell))
+
+
+def test_csv_index_that_is_no_integer(refused, table):
+    refused(table({(4, 0): "abc"}), CSV, "'abc'")
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "i/../../x.png", "/etc/hostname",
+                                  "%2E%2E/secret.png", "%2Fetc/hostname"])
+def test_csv_path_that_leaves_the_data_folder(refused, table, tmp_path, path):
+    write_folder(tmp_path, {".": 1})
+    (tmp_path / "0000.png").rename(tmp_path / "secret.png")  # refused although it is there
+    refused(table({(4, 1): path}), CSV, "row 44", repr(path), "leaves the data folder")
+
+
+def test_csv_path_with_dots_inside_the_folder_is_taken(table, tmp_path):
+    argv = table({(4, 1): "i/../i/0004.png"}, tail="-1,num_per_label_gran,2,3\n")
+    clinfonce.main([*map(str, argv), "--out", str(tmp_path / "run")])
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 5
+
+
+def test_csv_summary_row_without_an_index_column(refused, table):
+    """Nothing tells it from an image that is missing: the message shows it."""
+    text = "".join(f"i/{i:04}.png,{i % 2}\n" for i in range(11)) + "num_per_label_gran,2\n"
+    argv = table()
+    (argv[-1] / CSV).write_text("path,class\n" + text)
+    refused(argv, CSV, "1 of 12 images are missing", "num_per_label_gran")
+
+
+def test_csv_unreadable(refused, table, tmp_path):
+    refused(table(tail="52,too,many,cells,here,and,here\n"), CSV, "cannot be read")
+    refused(table(tail="52,i/0003.png\n"), CSV, "row 52", "column class")
+    argv = table()
+    (argv[-1] / CSV).write_text("")
+    refused(argv, CSV, "cannot be read")
+    (argv[-1] / CSV).write_text(",path,class\n")
+    refused(argv, CSV, "no row")
+    table()
+    (argv[-1] / "meta_data_val.csv").unlink()
+    refused(argv, argv[-1] / "meta_data_val.csv", "not found")
+
+
+def test_csv_class_of_val_that_train_does_not_have(refused, table):
+    refused(table(val=",path,class\n0,i/0000.png,3\n"), "meta_data_val.csv", "class 3",
+            "does not occur in the training file")
+
+
+def test_csv_missing_image(refused, table):
+    refused(table({(4, 1): "i/gone.png"}), CSV, "1 of 12 images are missing", "i/gone.png")
+    refused(table(val=",path,class\n0,i/gone.png,1\n"), "meta_data_val.csv", "1 of 1 images",
+            "i/gone.png")
+
+
+@pytest.fixture
+def pack(tmp_path):
+    """Write the npz pack `p.npz` of 12 images with arrays changed; returns the flags to read it."""
+    def write(change=None, **arrays):
+        arrays = {"labels": np.arange(12) % 2, "is_test": np.arange(12) % 4 == 3, **arrays}
+        path = write_pack(tmp_path / "p.npz", [image(i) for i in range(12)],
+                          **{k: v for k, v in arrays.items() if v is not None})
+        if change:
+            content = dict(np.load(path))
+            change(content)
+            np.savez_compressed(path, **content)
+        return [*FILES, "--dataset", "npz", "--data-dir", tmp_path, "--train-file", "p.npz"]
+
+    return write
+
+
+def test_npz_file_that_is_broken(refused, pack, tmp_path):
+    argv, path = pack(), tmp_path / "p.npz"
+    whole = path.read_bytes()
+    middle = len(whole) // 3
+    for broken in (whole[:len(whole) // 2], whole[:-10], b"", b"no pack at all" * 9,
+                   whole[:middle] + bytes(64) + whole[middle + 64:]):
+        path.write_bytes(broken)
+        refused(argv, f"npz pack {path}", "unreadable")
+    file = io.BytesIO()
+    np.save(file, np.zeros(3))
+    path.write_bytes(file.getvalue())
+    refused(argv, f"npz pack {path}")
+
+
+def test_npz_image_that_is_broken(refused, pack, tmp_path):
+    def overwrite(content):  # image 5 loses its header
+        content["jpeg"][content["offsets"][5]:][:8] = 0
+
+    refused(pack(overwrite), tmp_path / "p.npz", "image 5 cannot be decoded")
+
+    def cut(content):  # the file ends within image 10
+        content["jpeg"] = content["jpeg"][:content["offsets"][10] + 20]
+
+    refused(pack(cut), tmp_path / "p.npz", "image 10 cannot be decoded")
+
+
+def test_npz_images_of_unequal_size(refused, tmp_path):
+    write_pack(tmp_path / "p.npz", [image(i, 32, 30 if i == 7 else 32) for i in range(12)],
+               labels=np.arange(12) % 2)
+    refused([*FILES, "--dataset", "npz", "--data-dir", tmp_path, "--train-file", "p.npz",
+             "--test-file", "p.npz"], tmp_path / "p.npz", "image 7 is (32, 30)", "(32, 32)")
+
+
+def test_npz_arrays(refused, pack, tmp_path):
+    path = tmp_path / "p.npz"
+    refused(pack(lambda c: c.pop("jpeg")), path, "'jpeg'", "offsets, labels, is_test")
+    refused(pack(labels=None), "'label'")
+    refused(pack(is_test=None), path, "is_test", "--test-file")
+    refused(pack(is_test=np.ones(12)), path, "no rows for this split")
+    refused([*pack(), "--test-file", "q.npz"], tmp_path / "q.npz", "not found")
+    refused([*pack(), "--clusters", "attributes:1"], "--clusters attributes:1")
+    refused(pack(attribute_names=np.array(["season"])), path, "attributes")
+    refused(pack(attribute_names=np.array(["season"]), attributes=np.zeros((7, 1), int)), path,
+            "attributes")
+    refused([*FILES, "--dataset", "npz"], "--train-file")
+
+
+def test_labels_that_make_no_clusters(refused, pack):
+    labels = np.arange(12) % 2
+    refused([*pack(labels=np.where(labels == 0, -1, 1)), "--clusters", "label"],
+            "--clusters label", "row 0 has id -1")
+    refused([*pack(labels=np.ones(12, int)), "--clusters", "label"],
+            "--clusters label", "one cluster only")
+
+
+def test_test_set_without_labels_trains_without_knn(pack, tmp_path):
+    is_test = np.arange(12) % 4 == 3
+    argv = pack(labels=np.where(is_test, -1, np.arange(12) % 2), is_test=is_test)
+    clinfonce.main([*map(str, argv), "--out", str(tmp_path / "run")])
+    records = [json.loads(s) for s in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [r["knn_top1"] for r in records if r.get("knn_top1") is not None] == []
+
+
+# ---------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_image_found_while_training(refused, tmp_path, workers):
+    """Unlabelled images, so that no kNN reads them first; the last batch of the epoch has it."""
+    root = write_folder(tmp_path / "tree", {".": 20})
+    last = torch.randperm(16, generator=common.generator(0, 0, "order"))[-1].item()
+    broken = root / f"{[i for i in range(20) if i % 5 < 4][last]:04}.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:60])
+    argv = [*FILES, "--dataset", "folder", "--data-dir", root, "--workers", workers]
+    refused(argv, broken, "cannot be decoded", status=1)
+    run = tmp_path / "run"
+    assert common.read_checkpoint(run / "checkpoint.pt")["step"] == 0
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.jsonl", "views.png"]
+    broken.write_bytes(whole)  # repaired: the same command goes on
+    clinfonce.main([*map(str, argv), "--out", str(run)])
+    assert common.read_checkpoint(run / "checkpoint.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_image_found_by_the_first_evaluation(refused, folder, tmp_path, workers):
+    root, argv = folder
+    broken = root / "val/dog/0001.png"
+    for content in (b"", b"not an image", broken.read_bytes()[:60]):
+        broken.write_bytes(content)
+        refused([*argv, "--workers", workers], broken, "cannot be decoded", status=1)
+        assert [p.name for p in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+def test_loss_that_is_not_finite(refused, tmp_path):
+    # the loss of step 0 is that of the initial weights; the first update throws them to 1e30
+    argv = [*SHAPES, "--lr", "1e30", "--warmup", "0"]
+    for _ in range(2):  # the second time it starts from the checkpoint and comes to the same end
+        line = refused(argv, "the loss is", "at step 1", "the last checkpoint is kept", status=1)
+    assert "nan" in line or "inf" in line
+    checkpoint = common.read_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert checkpoint["step"] == 0
+    assert all(t.isfinite().all() for t in checkpoint["state"]["model"].values())
+
+
+def test_loss_that_is_not_finite_later(refused, tmp_path, monkeypatch):
+    """The checkpoint of the last whole epoch stays as it was, and is good to go on from."""
+    argv, run = [*SHAPES, "--epochs", "2"], tmp_path / "run"
+    loss, calls, kept = clinfonce.cl_infonce, [], []
+
+    def sometimes(*args, **options):
+        calls.append(len(calls))
+        if calls[-1] == 5:
+            kept.append((run / "checkpoint.pt").read_bytes())
+            return loss(*args, **options) * math.nan
+        return loss(*args, **options)
+
+    monkeypatch.setattr(clinfonce, "cl_infonce", sometimes)
+    refused(argv, "the loss is nan at step 5;", status=1)
+    assert (run / "checkpoint.pt").read_bytes() == kept[0]
+    assert common.read_checkpoint(run / "checkpoint.pt")["step"] == 4
+    monkeypatch.undo()
+    clinfonce.main([*argv, "--out", str(run)])
+    assert common.read_checkpoint(run / "checkpoint.pt")["step"] == 8
+
+
+def test_features_to_cluster_that_are_not_finite(refused):
+    # one step an epoch: the weights are thrown away in epoch 1, and epoch 2 begins with K-means
+    refused([*SHAPES, "--lr", "1e30", "--warmup", "0", "--batch-size", "64", "--epochs", "3",
+             "--clusters", "kmeans", "--k", "4", "--kmeans-warmup", "2"],
+            "epoch 2", "features to cluster are not finite", status=1)
+
+
+def test_run_folder_that_cannot_be_made(refused, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(SHAPES, "cannot write", file / "log.jsonl", status=1, out=file)
+    refused(SHAPES, "cannot write", file / "run/log.jsonl", status=1, out=file / "run")
+    assert file.read_text() == "mine"
+
+
+def test_run_folder_without_permission(refused, tmp_path, monkeypatch):
+    """root may write anywhere, so the refusal of the system is played."""
+    def mkdir(path, *args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(common.Path, "mkdir", mkdir)
+    refused(SHAPES, "cannot write", tmp_path / "closed/run", "Permission denied", status=1,
+            out=tmp_path / "closed/run")
+
+
+@pytest.mark.parametrize(("limit", "name"), [(500, "log.jsonl"), (8000, "views.png"),
+                                             (400_000, "checkpoint.pt")])
+def test_disk_that_is_full(refused, tmp_path, limit, name):
+    """No file may grow beyond the limit, as on a full disk: no half a file, no *.tmp is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        refused(SHAPES, "cannot write", tmp_path / "run" / name, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+# ---------------------------------------------------------------------------------- run folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, rendered):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "shapes", rendered)
+        clinfonce.main([*SHAPES, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_finished_run_started_again(run, capsys, shapes_once):
+    before = contents(run)
+    clinfonce.main([*SHAPES, "--out", str(run)])
+    out = capsys.readouterr().out
+    assert "this run was finished before; to train anew" in out and str(run) in out
+    assert "kNN top-1    untrained" in out
+    after = contents(run)
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in ("checkpoint.pt", "log.jsonl", "views.png"))
+
+
+def test_other_flags_in_the_same_folder(refused, run):
+    refused([*SHAPES, "--arch", "resnet18"], run, "--arch resnet-tiny -> resnet18", "another --out")
+    line = refused([*SHAPES, "--lr", "0.25", "--epochs", "3", "--clusters", "label"],
+                   "--clusters coarse -> label", "--epochs 1 -> 3", "--lr 0.5 -> 0.25")
+    assert "--tau" not in line and "--workers" not in line
+
+
+def test_other_method_in_the_same_folder(refused, run):
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    checkpoint["method"] = "wcl"
+    torch.save(checkpoint, run / "checkpoint.pt")
+    refused(SHAPES, run, "wcl.py -> clinfonce.py")
+
+
+def test_truncated_checkpoint(refused, run):
+    file = run / "checkpoint.pt"
+    whole = file.read_bytes()
+    for broken in (whole[:len(whole) // 2], whole[:100], b"", b"no checkpoint"):
+        file.write_bytes(broken)
+        refused(SHAPES, file, "cannot be read", "truncated")
+
+
+def test_foreign_checkpoint(refused, run):
+    file = run / "checkpoint.pt"
+    for content in ({"state_dict": {}}, [1, 2], {"format": 1}):
+        torch.save(content, file)
+        refused(SHAPES, file, "not a checkpoint of this project")
+    torch.save(SimpleNamespace(format=1), file)  # an object: never loaded, weights_only=True
+    refused(SHAPES, file, "cannot be read")
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "part"])
+def test_checkpoint_that_does_not_fit(refused, run, change):
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    model = checkpoint["state"]["model"]
+    if change == "missing":
+        del model["head.0.weight"]
+    elif change == "shape":
+        model["head.0.weight"] = torch.zeros(3, 3)
+    else:
+        del checkpoint["state"]["clusters"]
+    torch.save(checkpoint, run / "checkpoint.pt")
+    refused(SHAPES, run / "checkpoint.pt", "does not fit",
+            "clusters" if change == "part" else "head.0.weight")
+
+
+@pytest.mark.parametrize("text", ["epoch 1: loss 3.1\n", "[1]\n", "3\n", "{}\n",
+                                  '{"command": "clinfonce.py", "args": 3}\n'])
+def test_log_of_somebody_else(refused, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text(text)
+    refused(SHAPES, tmp_path / "run/log.jsonl", "not a log of this project", "another --out")
+
+
+def test_log_of_another_run_that_has_no_checkpoint_yet(refused, run):
+    (run / "checkpoint.pt").unlink()
+    refused([*SHAPES, "--lr", "0.25"], run, "--lr 0.5 -> 0.25")
+
+
+def test_checkpoint_without_its_log(refused, run):
+    (run / "log.jsonl").unlink()
+    refused(SHAPES, run / "log.jsonl")
+
+
+# ---------------------------------------------------------------------------------- functions
+
+
+def features(*shape, seed=0):
+    z = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(z, dim=-1)
+
+
+@pytest.mark.parametrize(("z", "options", "words"), [
+    (features(4, 8), {}, r"\[views, rows, D\].*\(4, 8\)"),
+    (features(4), {}, r"\[views, rows, D\].*\(4,\)"),
+    (features(2, 4, 8), dict(ids=torch.zeros(3)), "3 .* ids for 4 rows"),
+    (features(2, 4, 8), dict(ids=torch.zeros(4), key_ids=torch.zeros(5)), "5 ids.* 4 keys"),
+    (features(2, 4, 8), dict(ids=torch.zeros(4), mask=torch.eye(4)), "not both"),
+    (features(2, 4, 8), dict(mask=torch.eye(5)), r"\(4, 4\), got \(5, 5\)"),
+    (features(2, 4, 8), dict(mode="two"), "'two'"),
+    (features(2, 4, 8), dict(reduction="sum"), "'sum'"),
+    (features(2, 4, 8), dict(tau=0.0), "tau must be above 0"),
+    (features(2, 4, 8), dict(tau=-0.1), "tau must be above 0"),
+    (features(2, 4, 8), dict(tau=math.nan), "tau must be above 0"),
+])
+def test_arguments_of_the_loss(z, options, words):
+    with pytest.raises(ValueError, match=words):
+        clinfonce.cl_infonce(z, **options)
+
+
+def brute_force(z, ids, tau, base_tau):
+    """E1 with loops; the mean over the anchors that have a positive."""
+    V, B, _ = z.shape
+    u, label = z.flatten(0, 1), ids.repeat(V)
+    losses = []
+    for a in range(V * B):
+        others = [c for c in range(V * B) if c != a]
+        log_sum = torch.stack([u[a] @ u[c] / tau for c in others]).logsumexp(0)
+        terms = [u[a] @ u[c] / tau - log_sum for c in others if label[c] == label[a]]
+        if terms:
+            losses.append(-tau / base_tau * sum(terms) / len(terms))
+    return sum(losses) / len(losses)
+
+
+def test_single_image_has_loss_0_and_gradient_0():
+    z = features(2, 1, 8).requires_grad_()  # its other view is the whole denominator
+    for ids in (None, torch.tensor([7])):
+        loss = clinfonce.cl_infonce(z, ids)
+        loss.backward()
+        assert loss.item() == 0 and z.grad.abs().max() < 1e-12
+
+
+def test_all_ids_equal():
+    z, ids = features(2, 5, 8), torch.full((5,), -3)
+    expected = brute_force(z, ids, 0.1, 0.07)
+    assert clinfonce.cl_infonce(z, ids).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_anchors_without_positive_are_left_out_of_the_mean():
+    z, ids = features(1, 5, 8).requires_grad_(), torch.tensor([4, 9, 4, 1, 4])
+    loss = clinfonce.cl_infonce(z, ids, tau=0.2)
+    assert loss.item() == pytest.approx(brute_force(z, ids, 0.2, 0.07).item(), rel=1e-12)
+    each = clinfonce.cl_infonce(z, ids, tau=0.2, reduction="none")
+    assert (each == 0).tolist() == [[False, True, False, True, False]]
+    lonely = clinfonce.cl_infonce(z, torch.arange(5))
+    lonely.backward()
+    assert lonely.item() == 0 and z.grad.abs().max() == 0
+
+
+def test_duplicate_features():
+    z = features(1, 1, 8).expand(2, 6, 8)  # all s_ac are equal: log p = -log(VB - 1)
+    for ids in (None, torch.arange(6) % 2):
+        loss = clinfonce.cl_infonce(z, ids, tau=0.1)
+        assert loss.item() == pytest.approx(math.log(11) / 0.7, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_tau_with_features_that_are_not_normalised(dtype):
+    """s = 30 * 30 / 0.01 = 90000 between equal views and 0 between others; exp would overflow."""
+    x, y = torch.tensor([[30.0, 0.0], [0.0, 30.0]], dtype=dtype)
+    right = torch.stack([torch.stack([x, y]), torch.stack([x, y])]).requires_grad_()
+    assert clinfonce.cl_infonce(right, tau=0.01).item() == 0
+    wrong = torch.stack([torch.stack([x, x]), torch.stack([y, y])]).requires_grad_()
+    loss = clinfonce.cl_infonce(wrong, tau=0.01)  # the positive has s = 0, a negative 90000
+    loss.backward()
+    assert loss.item() == pytest.approx(90000 * 0.01 / 0.07, rel=1e-6)
+    # the gradient of l_a by its anchor: (negative - positive) / T0, e.g. (x - mean(y)) / 0.07
+    assert wrong.grad.isfinite().all() and wrong.grad[0, 0, 0] > 0 > wrong.grad[0, 0, 1]
+
+
+def test_attribute_that_is_constant_ranks_last_and_adds_no_cluster():
+    attributes = torch.tensor([[3, 0, 1, 5], [3, 1, 2, 5], [3, 0, 3, 5], [3, 1, 1, 5]])
+    order, bits = clinfonce.rank_attributes(attributes)
+    assert order.tolist() == [2, 1, 0, 3] and bits.tolist() == [0, 1, 1.5, 0]
+    two, four = (clinfonce.attribute_clusters(attributes, k) for k in (2, 4))
+    assert torch.equal(two, four) and two.tolist() == [0, 2, 3, 1]
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"attributes:{k}: there are 4 attributes"):
+            clinfonce.attribute_clusters(attributes, k)
+
+
+def test_as_many_clusters_as_images():
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    for ids, centroids in (clinfonce.kmeans(x, 12), clinfonce.kmeans_torch(x, 12)):
+        assert sorted(ids.tolist()) == list(range(12))
+        assert torch.allclose(centroids[ids], x, atol=1e-5)
+
+
+@pytest.mark.parametrize(("epochs", "rates"), [(1, [1.0]), (2, [1.0, 1e-3]),
+                                               (3, [1.0, 0.5005, 1e-3])])
+def test_warmup_rule_of_a_short_run(epochs, rates):
+    """One epoch of warm-up, then the cosine from lr to lr / 1000; no division by 0."""
+    got = [clinfonce.warmup_rule(e + 1, epochs, 1.0) for e in range(epochs)]
+    assert got == pytest.approx(rates, rel=1e-12)

@@ -1,0 +1,603 @@
+"""Data sources, rows, batches and evaluation views of common.py.
+
+Every source is read from files that the test writes; image number i has one colour that tells i,
+so that an image, its row, its labels and its random parameters can be traced to each other.
+"""
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import image, number, write_folder, write_image, write_pack
+from PIL import Image
+
+import clinfonce
+import common
+
+CPU = torch.device("cpu")
+
+
+def flags(*argv):
+    """Flags of a method without flags of its own; small batches, readers in this process."""
+    argv = ["--batch-size", "4", "--workers", "0", *(str(a) for a in argv)]
+    return common.Parser("test", "", {"demo": {}}).parse_args(argv)
+
+
+def read(*argv):
+    return common.load(flags(*argv), CPU)
+
+
+def column(table, name="label"):
+    return table.column(name).tolist()
+
+
+def numbers(data, table):
+    """The numbers of all images of a table, through the evaluation view."""
+    views = data.still_batches(table, torch.arange(len(table)), 32, False)
+    return number(torch.cat(list(views))).tolist()
+
+
+# ---------------------------------------------------------------------------------- sources
+
+
+def test_shapes(shapes_once):
+    data = read("--dataset", "shapes")
+    assert (len(data.train), len(data.test)) == (4096, 1024)
+    assert data.train.images.shape == (4096, 3, 32, 32) and data.train.images.dtype == torch.uint8
+    for table, seed in ((data.train, 0), (data.test, 1)):
+        images, columns, classes, captions = common.shapes(len(table), seed)
+        assert torch.equal(table.images, images) and table.captions == captions
+        assert table.columns.keys() == columns.keys() >= {"label", "coarse", "pattern", "colour"}
+        assert all(torch.equal(table.columns[name], columns[name]) for name in columns)
+        assert table.index.tolist() == list(range(len(table)))
+        assert table.classes["label"] == classes["label"] and len(classes["label"]) == 24
+    # the captions go with the rows
+    train = data.train.select(torch.tensor([70, 3]))
+    names = train.classes["label"]
+    expected = [f" {names[i]} on a " for i in column(train)]
+    assert all(e in c for e, c in zip(expected, train.captions, strict=True))
+
+
+def pickled(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def rows(images):
+    """(n, H, W, 3) -> (n, 3 H W), the layout of the CIFAR files."""
+    return np.stack(images).transpose(0, 3, 1, 2).reshape(len(images), -1)
+
+
+@pytest.fixture
+def no_md5(monkeypatch):
+    """Files written here cannot have torchvision's check sums: only that they exist is checked."""
+    def exists(path, md5=None):
+        return torchvision.datasets.utils.check_integrity(path)
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", exists)
+    monkeypatch.setattr(torchvision.datasets.stl10, "check_integrity", exists)
+
+
+def test_cifar10_files(tmp_path, no_md5):
+    folder = tmp_path / "cifar-10-batches-py"
+    for part in range(5):  # 3 images each, numbers 0 to 14
+        mine = range(3 * part, 3 * part + 3)
+        pickled(folder / f"data_batch_{part + 1}", data=rows([image(i) for i in mine]),
+                labels=[i % 10 for i in mine])
+    pickled(folder / "test_batch", data=rows([image(i) for i in (300, 301)]), labels=[7, 2])
+    names = ["airplane", "automobile", *"cdefghij"]
+    pickled(folder / "batches.meta", label_names=names)
+
+    data = read("--dataset", "cifar10", "--data-dir", tmp_path)
+    assert number(data.train.images).tolist() == list(range(15))
+    assert column(data.train) == [i % 10 for i in range(15)]
+    assert number(data.test.images).tolist() == [300, 301] and column(data.test) == [7, 2]
+    assert data.train.classes["label"] == names
+    # (height, width) is not swapped
+    picture = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    pickled(folder / "test_batch", data=rows([picture]), labels=[0])
+    test = read("--dataset", "cifar10", "--data-dir", tmp_path).test
+    assert np.array_equal(test.images[0].permute(1, 2, 0).numpy(), picture)
+
+
+def test_cifar100_files_have_fine_and_coarse_labels(tmp_path, no_md5):
+    folder = tmp_path / "cifar-100-python"
+    fine, coarse = [4, 1, 99, 0, 55], [4, 1, 13, 4, 0]
+    pickled(folder / "train", data=rows([image(i) for i in range(5)]), fine_labels=fine,
+            coarse_labels=coarse)
+    pickled(folder / "test", data=rows([image(9)]), fine_labels=[30], coarse_labels=[0])
+    pickled(folder / "meta", fine_label_names=[f"fine {i}" for i in range(100)],
+            coarse_label_names=[f"coarse {i}" for i in range(20)])
+
+    data = read("--dataset", "cifar100", "--data-dir", tmp_path)
+    assert column(data.train) == fine and column(data.train, "coarse") == coarse
+    assert column(data.test) == [30] and column(data.test, "coarse") == [0]
+    assert number(data.train.images).tolist() == [0, 1, 2, 3, 4]
+    assert data.train.classes["label"][99] == "fine 99"
+    assert data.train.classes["coarse"][13] == "coarse 13"
+
+
+def test_cifar100_packs(tmp_path):
+    names = dict(classes=np.array(["apple", "baby", "chair"]), coarse_classes=np.array(["a", "b"]))
+    write_pack(tmp_path / "cifar100_train.npz", [image(i) for i in range(6)],
+               labels=np.array([0, 1, 2, 0, 1, 2]), coarse_labels=np.array([0, 0, 1, 0, 0, 1]),
+               **names)
+    write_pack(tmp_path / "cifar100_test.npz", [image(7)], labels=np.array([2]),
+               coarse_labels=np.array([1]), **names)
+    data = read("--dataset", "cifar100", "--data-dir", tmp_path)
+    assert column(data.train) == [0, 1, 2, 0, 1, 2]
+    assert column(data.train, "coarse") == [0, 0, 1, 0, 0, 1]
+    assert number(data.train.images).tolist() == list(range(6))
+    assert (column(data.test), number(data.test.images).tolist()) == ([2], [7])
+    assert data.train.classes == {"label": ["apple", "baby", "chair"], "coarse": ["a", "b"]}
+
+
+@pytest.fixture
+def stl10(tmp_path, no_md5):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+
+    def binary(name, numbers):  # an STL-10 file runs down the columns first
+        np.stack([image(i, 96, 96).transpose(2, 1, 0) for i in numbers]).tofile(folder / name)
+
+    binary("train_X.bin", range(8))
+    np.array([1, 10, 3, 4, 1, 10, 3, 4], np.uint8).tofile(folder / "train_y.bin")
+    binary("unlabeled_X.bin", range(100, 106))
+    binary("test_X.bin", (50, 51))
+    np.array([10, 2], np.uint8).tofile(folder / "test_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(["airplane", *"bcdefghi", "truck"]))
+    (folder / "fold_indices.txt").write_text("0 1\n")
+    return tmp_path
+
+
+def test_stl10(stl10):
+    data = read("--dataset", "stl10", "--data-dir", stl10)
+    assert column(data.train) == [0, 9, 2, 3, 0, 9, 2, 3] and column(data.test) == [9, 1]
+    assert data.train.images.shape == (8, 3, 96, 96)
+    assert number(data.train.images).tolist() == list(range(8))
+    assert data.train.classes["label"][9] == "truck"
+    picture = np.arange(96 * 96 * 3, dtype=np.uint8).reshape(96, 96, 3)  # rows are rows
+    picture.transpose(2, 1, 0).tofile(stl10 / "stl10_binary/test_X.bin")
+    np.array([1], np.uint8).tofile(stl10 / "stl10_binary/test_y.bin")
+    test = read("--dataset", "stl10", "--data-dir", stl10).test
+    assert np.array_equal(test.images[0].permute(1, 2, 0).numpy(), picture)
+
+
+def test_unlabelled_rows_of_stl10_are_trained_on_and_never_in_the_knn_bank(stl10):
+    data = read("--dataset", "stl10-full", "--data-dir", stl10, "--batch-size", 14, "--knn-k", 1,
+                "--image-size", 64, "--mean", 0, 0, 0, "--std", 1, 1, 1)
+    assert column(data.train) == [0, 9, 2, 3, 0, 9, 2, 3] + [-1] * 6
+    batch = next(data.batches(0, 1, common.augmentation(data.args)))
+    assert sorted(number(batch.images).tolist()) == [*range(8), *range(100, 106)]
+
+    # The unlabelled rows equal both test images, of labels 9 and 1. Among the labelled ones number
+    # 5, of label 9, is made the nearest: one of two is right.
+    direction = torch.zeros(256, 3)
+    direction[:8] = F.normalize(torch.tensor([[0., 0, 1]] * 5 + [[1., 1, 0]] + [[0., 0, 1]] * 2))
+    direction[[50, 51, *range(100, 106)]] = torch.tensor([1., 0, 0])
+
+    class ByNumber(torch.nn.Module):
+        def forward(self, x):
+            return direction[(x[:, 0, 0, 0] * 255).round().long()]
+
+    assert common.knn_accuracy(ByNumber(), data) == 50.0
+
+
+# ---------------------------------------------------------------------------------- folder
+
+
+COUNTS = {"train/cat": 5, "train/dog": 3, "train/ape": 4, "val/cat": 2, "val/dog": 1, "val/ape": 2}
+
+
+def test_folder(tmp_path):
+    write_folder(tmp_path, COUNTS)
+    (tmp_path / "train/cat/notes.txt").write_text("not an image")
+    (tmp_path / "train/.cache").mkdir()
+    data = read("--dataset", "folder", "--data-dir", tmp_path)
+    assert data.train.classes["label"] == ["ape", "cat", "dog"]
+    assert column(data.train) == [0] * 4 + [1] * 5 + [2] * 3
+    assert numbers(data, data.train) == [8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert (column(data.test), numbers(data, data.test)) == ([0, 0, 1, 1, 2], [15, 16, 12, 13, 14])
+
+
+def test_folder_with_class_list_and_nested_images(tmp_path):
+    write_folder(tmp_path, COUNTS)
+    write_image(tmp_path / "train/dog/more/x.JPEG", 40)
+    (tmp_path / "val").rename(tmp_path / "test")
+    (tmp_path / "list.txt").write_text("# two of them\n\ndog\tthe dog, a pet\ncat\n")
+    data = read("--dataset", "folder", "--data-dir", tmp_path, "--classes", tmp_path / "list.txt")
+    assert data.train.classes["label"] == ["cat", "dog"]  # sorted, as without a list
+    assert column(data.train) == [0] * 5 + [1] * 4
+    assert numbers(data, data.train) == [0, 1, 2, 3, 4, 5, 6, 7, 40]
+    assert (column(data.test), numbers(data, data.test)) == ([0, 0, 1], [12, 13, 14])
+
+
+def test_folder_without_train_holds_out_every_fifth_image_of_a_class(tmp_path):
+    write_folder(tmp_path, {"cat": 11, "dog": 6})
+    data = read("--dataset", "folder", "--data-dir", tmp_path)
+    held_out = [4, 9, 11 + 4]
+    assert numbers(data, data.test) == held_out and column(data.test) == [0, 0, 1]
+    assert numbers(data, data.train) == [i for i in range(17) if i not in held_out]
+    assert column(data.train) == [0] * 9 + [1] * 5
+
+
+def test_flat_folder_of_unlabelled_images_trains_without_knn(tmp_path, capsys):
+    write_folder(tmp_path / "images", {".": 20})
+    clinfonce.main(["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--out",
+                    str(tmp_path / "run"), "--device", "cpu", "--threads", "1", "--workers", "0",
+                    "--batch-size", "8", "--epochs", "1", "--clusters", "instance"])
+    lines = [json.loads(s) for s in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines[0]["data"] == dict(train=16, test=4, notes=[])
+    assert lines[-2]["step"] == 2 and lines[-2]["loss"] > 0
+    assert [r.get("knn_top1") for r in lines] == [None] * len(lines)
+    assert "kNN" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------- csv
+
+
+@pytest.mark.parametrize("index", ["", "index"])  # the released files leave its name out or not
+def test_instruction_csv(tmp_path, index):
+    paths = {34021: "Shoes/Sneakers and Athletic Shoes/Dolce & Gabbana/80144.585.jpg",
+             18675: "Boots/Ankle/Keen/78%2E92.jpg",     # on disk as 78.92.jpg
+             7: "Boots/Ankle/A%2EB/1, 2.jpg",           # on disk with the % sign, and a comma
+             12: "Heels/x.jpg"}
+    for i, path in paths.items():
+        write_image(tmp_path / path.replace("78%2E92", "78.92"), i)
+    write_image(tmp_path / "Boots/Ankle/A.B/1, 2.jpg", 9)  # the literal path goes first
+    write_image(tmp_path / "val/one.jpg", 3)
+    (tmp_path / "meta_data_train.csv").write_text(
+        f"{index},path,class,label_gran_10,label_gran_3,label_gran_level_12,image_id,material\n"
+        f"34021,{paths[34021]},20,635,0,9,5,suede\n"
+        f"18675,{paths[18675]},3,2,2,9,6,leather\n"
+        f"7,\"{paths[7]}\",1,635,2,4,7,suede\n"
+        f"12,{paths[12]},20,7,0,4,8,satin\n"
+        "-1,num_per_label_gran,3,3,2,2,4,3\n")
+    (tmp_path / "meta_data_val.csv").write_text(f"{index},path,class\n3,val/one.jpg,20\n")
+
+    data = read("--dataset", "csv", "--data-dir", tmp_path, "--batch-size", 4)
+    train, test = data.train, data.test
+    assert len(train) == 4 and train.notes == []  # the summary row is gone, and is no lost image
+    assert train.index.tolist() == list(paths) == numbers(data, train)
+    assert column(train, "class") == [20, 3, 1, 20] and column(train) == [2, 1, 0, 2]
+    assert train.classes["label"] == ["1", "3", "20"]  # by number, not by text
+    # val has one class only: its id comes from the training file
+    assert (column(test), test.classes["label"]) == ([2], ["1", "3", "20"])
+    assert numbers(data, test) == [3]
+    assert column(train, "label_gran_10") == [635, 2, 635, 7]  # ids as they are, gaps and all
+    assert column(train, "label_gran_3") == [0, 2, 2, 0]
+    assert column(train, "image_id") == [5, 6, 7, 8]
+    assert train.classes["material"] == ["leather", "satin", "suede"]
+    assert column(train, "material") == [2, 0, 2, 1]
+
+    def clusters(name):
+        args = flags("--dataset", "csv")
+        args.clusters, args.hierarchy, args.attributes, args.loss = name, None, None, "cl-infonce"
+        return clinfonce.auxiliary_ids(train, args)
+
+    assert clusters("10")[0].tolist() == [635, 2, 635, 7]
+    assert clusters("3")[0].tolist() == [0, 2, 2, 0]
+    assert clusters("level_12")[0].tolist() == [9, 9, 4, 4]
+    assert clusters("0")[0].tolist() == clusters("label")[0].tolist() == [2, 1, 0, 2]
+    assert clusters("-1")[0].tolist() == [0, 1, 2, 3]  # not one cluster of all: trap 2 of the card
+    assert clusters("material")[0].tolist() == [2, 0, 2, 1]
+    # H(class) = 1.5; label_gran_3 splits it 2 | 2, and both classes of its second part differ
+    about = clusters("3")[1]
+    assert about["K"] == 2 and about["H_Z"] == pytest.approx(1) and about["H_T"] == 1.5
+    assert about["I_Z_T"] == pytest.approx(1) and about["H_T_given_Z"] == pytest.approx(0.5)
+
+
+def test_csv_of_ones_own(tmp_path):
+    """No index column, class names as text, the index = the row, spaces around the values."""
+    write_folder(tmp_path, {"a": 3})
+    (tmp_path / "t.csv").write_text("class, path\n cat, a/0000.png\ndog,a/0001.png\n")
+    (tmp_path / "v.csv").write_text("class,path\ndog,a/0002.png\n")
+    data = read("--dataset", "csv", "--data-dir", tmp_path, "--train-file", "t.csv", "--test-file",
+                "v.csv", "--batch-size", 2)
+    assert data.train.classes["label"] == ["cat", "dog"] and column(data.train) == [0, 1]
+    assert column(data.test) == [1] and data.train.index.tolist() == [0, 1]
+    assert numbers(data, data.train) == [0, 1]
+
+
+def numbered_csv(folder, n, missing):
+    """n rows of which `missing` have no file; the file of row i is image i."""
+    for i in range(n):
+        if i not in missing:
+            write_image(folder / f"{i}.png", i, 8, 8)
+    text = "".join(f"{i},{i}.png,{i % 2}\n" for i in range(n))
+    (folder / "meta_data_train.csv").write_text(",path,class\n" + text)
+    (folder / "meta_data_val.csv").write_text(",path,class\n1,1.png,1\n")
+    return folder
+
+
+def test_missing_images_below_one_percent_are_dropped_and_logged(tmp_path):
+    numbered_csv(tmp_path, 200, {3, 150})
+    data = read("--dataset", "csv", "--data-dir", tmp_path)
+    kept = [i for i in range(200) if i not in (3, 150)]
+    assert data.train.index.tolist() == kept and column(data.train) == [i % 2 for i in kept]
+    assert numbers(data, data.train) == kept
+    assert data.train.notes == [f"{tmp_path}/meta_data_train.csv: 2 of 200 images are missing, "
+                                "the first is 3.png"]
+    header = common.Log(flags("--out", tmp_path / "run"), data).header
+    assert header["data"] == dict(train=198, test=1, notes=data.train.notes)
+
+
+def test_missing_images_above_one_percent_stop(tmp_path):
+    numbered_csv(tmp_path, 200, {3, 150, 151})
+    with pytest.raises(common.BadInput, match="3 of 200 images are missing, the first is 3.png"):
+        read("--dataset", "csv", "--data-dir", tmp_path)
+
+
+# ---------------------------------------------------------------------------------- npz
+
+
+def test_npz_pack(tmp_path):
+    attributes = np.array([[0, 2], [1, 0], [1, 1], [0, 2], [0, 1]])
+    write_pack(tmp_path / "p.npz", [image(i) for i in range(5)], labels=np.array([3, 0, 3, 1, 0]),
+               classes=np.array(["a", "b", "c", "d"]), coarse_labels=np.array([1, 0, 1, 0, 0]),
+               coarse_classes=np.array(["x", "y"]), attributes=attributes,
+               attribute_names=np.array(["season", "colour"]),
+               values_season=np.array(["summer", "winter"]), values_colour=np.array([*"rgb"]),
+               photographer=np.array([9, 9, 5, 5, 9], np.uint8), weight=np.zeros(5),
+               is_test=np.array([0, 1, 0, 0, 1]))
+    data = read("--dataset", "npz", "--data-dir", tmp_path, "--train-file", "p.npz",
+                "--batch-size", 3)
+    train, test = data.train, data.test
+    assert set(train.columns) == {"label", "coarse", "season", "colour", "photographer"}
+    assert column(train) == [3, 3, 1] and column(test) == [0, 0]
+    assert column(train, "coarse") == [1, 1, 0] and column(train, "photographer") == [9, 5, 5]
+    assert column(train, "season") == [0, 1, 0] and column(train, "colour") == [2, 1, 2]
+    assert column(test, "season") == [1, 0] and column(test, "colour") == [0, 1]
+    assert train.classes == {"label": [*"abcd"], "coarse": ["x", "y"],
+                             "season": ["summer", "winter"], "colour": [*"rgb"]}
+    assert train.index.tolist() == number(train.images).tolist() == [0, 2, 3]
+    assert test.index.tolist() == number(test.images).tolist() == [1, 4]
+    # two files: each whole
+    data = read("--dataset", "npz", "--data-dir", tmp_path, "--train-file", "p.npz",
+                "--test-file", "p.npz", "--label", "colour")
+    assert number(data.train.images).tolist() == number(data.test.images).tolist() == [*range(5)]
+
+
+# ---------------------------------------------------------------------------------- rows
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Maker of the same 26 numbered images in memory and as files: label = number % 3."""
+    labels = torch.arange(26) % 3
+    write_folder(tmp_path, {".": 26})
+    paths = [str(tmp_path / f"{i:04}.png") for i in range(26)]
+    images = torch.from_numpy(np.stack([image(i) for i in range(26)])).permute(0, 3, 1, 2)
+
+    def make(kind, workers=0, batch=8, seed=0):
+        where = dict(images=images) if kind == "memory" else dict(paths=paths)
+        table = common.Table(dict(label=labels), dict(label=[*"abc"]), **where)
+        args = flags("--batch-size", batch, "--workers", workers, "--seed", seed)
+        return common.Data(table, table, args, CPU)
+
+    return make
+
+
+KINDS = [("memory", 0), ("files", 0), ("files", 2)]
+PLAIN = common.NO_AUGMENTATION
+
+
+@pytest.mark.parametrize(("kind", "workers"), KINDS)
+def test_a_row_keeps_its_image_label_and_index(numbered, kind, workers):
+    data = numbered(kind, workers)
+    order = torch.tensor([25, 3, 4, 17, 0, 9, 8, 21, 2, 11, 12, 14])
+    data.train = data.train.select(order)
+    data.steps_per_epoch = 1
+    assert data.train.index.tolist() == order.tolist()
+    seen = []
+    for batch in data.batches(0, 3, dict(PLAIN, crop=(0.2, 1))):
+        views = 1 if kind == "memory" else 2  # views of a file are cropped already, view-major
+        assert batch.cropped == (kind == "files") and batch.images.dtype == torch.uint8
+        assert number(batch.images).tolist() == order[batch.rows].tolist() * views
+        assert data.train.column("label")[batch.rows].tolist() == \
+            [i % 3 for i in order[batch.rows].tolist()]
+        assert {len(v) for v in batch.params.values()} == {16}
+        seen.append(batch.rows)
+    assert len(torch.cat(seen).unique()) > 8  # other rows in another epoch
+    assert numbers(data, data.train) == order.tolist()  # the evaluation goes in the table's order
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_limited_rows_keep_their_image_label_and_index(numbered, kind, monkeypatch):
+    table = numbered(kind).train
+    monkeypatch.setitem(common.SOURCES, "shapes", lambda args: (table, table))
+    data = read("--dataset", "shapes", "--limit-train", 9)
+    index = data.train.index
+    assert len(index) == 9 and len(data.test) == 26
+    assert numbers(data, data.train) == index.tolist()
+    assert column(data.train) == [i % 3 for i in index.tolist()]
+
+
+def test_balanced_rows():
+    labels = torch.tensor([5] * 40 + [2] * 3 + [9] * 11)[torch.randperm(54)]
+
+    def counts(rows):
+        return [int((labels[rows] == c).sum()) for c in (2, 5, 9)]
+
+    rows = common.balanced_rows(labels, 9, seed=0)
+    assert counts(rows) == [3, 3, 3]
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert counts(common.balanced_rows(labels, 21, 0)) == [3, 9, 9]   # a small class is used up
+    assert counts(common.balanced_rows(labels, 30, 0)) == [3, 16, 11]
+    assert sorted(counts(common.balanced_rows(labels, 8, 0))) == [2, 3, 3]  # not a multiple
+    assert sorted(counts(common.balanced_rows(labels, 1, 0))) == [0, 0, 1]
+    assert common.balanced_rows(labels, 54, 0).tolist() == list(range(54))
+    assert torch.equal(rows, common.balanced_rows(labels, 9, 0))
+    others = [common.balanced_rows(labels, 9, seed) for seed in range(1, 6)]
+    assert all(counts(other) == [3, 3, 3] for other in others)
+    assert all(not torch.equal(rows, other) for other in others)
+    for n in (0, -1, 55):
+        with pytest.raises(common.BadInput, match=f"--limit-train {n}: .* has 54 images"):
+            common.balanced_rows(labels, n, 0)
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+SPEC = dict(PLAIN, crop=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2,
+            blur=0.5, solarize=0.2, erase=0.5)
+
+
+def same(a, b):
+    """Whether two batches agree in every part."""
+    return (a.step == b.step and torch.equal(a.rows, b.rows) and torch.equal(a.images, b.images)
+            and a.params.keys() == b.params.keys()
+            and all(torch.equal(a.params[k], b.params[k]) for k in a.params))
+
+
+def test_order_is_a_function_of_seed_and_epoch(numbered):
+    data = numbered("memory")
+    assert data.steps_per_epoch == 3  # 26 // 8: the incomplete last batch is dropped
+    assert [data.end_of_epoch(s) for s in range(6)] == [False, False, True] * 2
+    batches = list(data.batches(0, 9, SPEC))
+    assert [b.step for b in batches] == list(range(9))
+    epochs = [torch.cat([b.rows for b in batches[i:i + 3]]) for i in (0, 3, 6)]
+    for epoch, rows in enumerate(epochs):
+        assert len(rows.unique()) == len(rows) == 24  # at most once an epoch
+        order = torch.randperm(26, generator=common.generator(0, epoch, "order"))
+        assert torch.equal(rows, order[:24])
+    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+    other = torch.cat([b.rows for b in numbered("memory", seed=1).batches(0, 3, SPEC)])
+    assert not torch.equal(other, epochs[0])
+    # the two views of a batch, and one view in two steps, draw other numbers
+    crop = [b.params["crop"].unflatten(0, (2, 8)) for b in batches]
+    assert not torch.equal(crop[0][0], crop[0][1]) and not torch.equal(crop[0][0], crop[1][0])
+
+
+@pytest.mark.parametrize(("kind", "workers"), KINDS)
+def test_a_later_first_step_gives_the_tail_of_the_whole_run(numbered, kind, workers):
+    whole = list(numbered(kind, workers).batches(0, 7, SPEC))
+    for first in (2, 3, 5):
+        tail = list(numbered(kind, workers).batches(first, 7, SPEC))
+        assert len(tail) == 7 - first
+        assert all(same(a, b) for a, b in zip(tail, whole[first:], strict=True))
+    assert not same(whole[0], whole[1])
+
+
+def test_the_spec_may_change_with_the_step(numbered):
+    weak, strong = dict(SPEC, crop=(0.9, 1.0)), dict(SPEC, crop=(0.1, 0.2))
+    for kind in ("memory", "files"):
+        def spec(step):
+            return weak if step < 2 else strong
+        batches = list(numbered(kind).batches(0, 4, spec))
+        assert [b.spec["crop"] for b in batches] == [(0.9, 1.0)] * 2 + [(0.1, 0.2)] * 2
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_ranks_share_the_batch_of_one_process(numbered, kind, ranks, monkeypatch):
+    one = list(numbered(kind).batches(0, 4, SPEC))
+    parts = []
+    for rank in range(ranks):
+        monkeypatch.setattr(common, "world", lambda: ranks)
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        parts.append(list(numbered(kind).batches(0, 4, SPEC)))
+    for step, whole in enumerate(one):
+        mine = [part[step] for part in parts]
+        assert [m.first for m in mine] == [8 // ranks * r for r in range(ranks)]
+        assert torch.equal(torch.cat([m.rows for m in mine]), whole.rows)
+        V = 2 if kind == "files" else 1
+        for name, views in [("images", V)] + [(k, 2) for k in whole.params]:
+            take = [m.images if name == "images" else m.params[name] for m in mine]
+            together = torch.cat([x.unflatten(0, (views, -1)) for x in take], 1).flatten(0, 1)
+            expected = whole.images if name == "images" else whole.params[name]
+            assert torch.equal(together, expected), name
+
+
+# ---------------------------------------------------------------------------------- pixels
+
+
+def photograph(height, width, seed):
+    """Image with structure at several scales, uint8 (height, width, 3)."""
+    g = torch.Generator().manual_seed(seed)
+    x = sum(F.interpolate(torch.rand(1, 3, n, n, generator=g), (height, width), mode="bilinear")
+            for n in (3, 9, 31))[0] / 3
+    return (x * 255).byte().permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(80, 120, 32), (40, 30, 32), (64, 64, 64)])
+def test_worker_crops_equal_crops_in_memory(tmp_path, height, width, size):
+    """PIL rounds to 8 bits after each of its two passes: up to one level of 255, and a rounding
+    that falls the other way; on average much less."""
+    pictures = [photograph(height, width, seed) for seed in range(8)]
+    for i, x in enumerate(pictures):
+        Image.fromarray(x).save(tmp_path / f"{i}.png")
+    columns = dict(label=torch.zeros(8, dtype=torch.long))
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    tables = (common.Table(columns, {}, images),
+              common.Table(columns, {}, paths=[str(tmp_path / f"{i}.png") for i in range(8)]))
+    spec = dict(PLAIN, size=size, crop=(0.08, 1.0), flip=0.5)
+    args = flags("--batch-size", 8)
+    memory, files = (common.augment(next(common.Data(t, t, args, CPU).batches(0, 1, spec)))
+                     for t in tables)
+    assert memory.shape == files.shape == (2, 8, 3, size, size)
+    difference = 255 * (memory - files).abs()
+    assert difference.max() <= 1.51 and difference.mean() < 0.4
+    assert 255 * (memory[0] - files[1]).abs().mean() > 5  # another crop is another image
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+@pytest.mark.parametrize(("size", "resized"), [(32, 32), (48, 64), (64, 64), (224, 256)])
+def test_evaluation_view(tmp_path, kind, size, resized):
+    """The short side to the next power of two, then the central square; or squashed to it.
+    Compared with PIL's own resizing; the tensor form keeps fractions of a level."""
+    picture = photograph(90, 130, 0)
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    column = dict(label=torch.zeros(1, dtype=torch.long))
+    if kind == "memory":
+        table = common.Table(column, {}, torch.from_numpy(picture[None]).permute(0, 3, 1, 2))
+    else:
+        table = common.Table(column, {}, paths=[str(tmp_path / "x.png")])
+    data = common.Data(table, table, flags("--batch-size", 1), CPU)
+
+    def view(squash):
+        out = next(data.still_batches(table, torch.arange(1), size, squash))
+        assert out.shape == (1, 3, size, size) and out.dtype == torch.float32
+        return out[0].permute(1, 2, 0)
+
+    original = Image.fromarray(picture)
+    long = int(resized * 130 / 90)
+    x = original.resize((long, resized), Image.Resampling.BILINEAR)
+    left, top = round((long - size) / 2), round((resized - size) / 2)
+    expected = np.asarray(x.crop((left, top, left + size, top + size))).astype(np.float32)
+    tolerance = 0 if kind == "files" else 1.01
+    assert (view(False) - torch.from_numpy(expected)).abs().max() <= tolerance
+    squashed = original.resize((size, size), Image.Resampling.BILINEAR)
+    squashed = torch.from_numpy(np.asarray(squashed).astype(np.float32))
+    assert (view(True) - squashed).abs().max() <= tolerance
+    assert (view(True) - view(False)).abs().mean() > 5
+
+
+def test_evaluation_view_leaves_an_image_of_that_size_alone():
+    images = common.shapes(4, 0)[0]
+    table = common.Table(dict(label=torch.zeros(4, dtype=torch.long)), {}, images)
+    data = common.Data(table, table, flags(), CPU)
+    for squash in (False, True):
+        out = next(data.still_batches(table, torch.tensor([2, 0]), 32, squash))
+        assert torch.equal(out, images[[2, 0]].float())
+
+
+def test_picture_of_a_data_set(tmp_path, capsys, shapes_once):
+    """Eight rows: an image as it is, and seven views; 32 pixels and a border of 2, doubled."""
+    file = tmp_path / "new" / "sheet.png"
+    common.main(["--dataset", "shapes", "--picture", str(file), "--device", "cpu",
+                 "--threads", "1"])
+    assert "4096 training and 1024 test images; columns label, coarse" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(file)).astype(int)
+    assert sheet.shape == (2 * (8 * 34 + 2),) * 2 + (3,)
+    images = read("--dataset", "shapes", "--batch-size", 256).train.images
+    rows = torch.randperm(4096, generator=common.generator(0, 0, "order"))[:8]
+    tiles = np.stack([sheet[4:, 4 + 68 * j:68 + 68 * j:2][::2] for j in range(8)])
+    for i, row in enumerate(rows.tolist()):
+        first, *views = tiles[:, 34 * i:34 * i + 32]
+        assert abs(first - images[row].permute(1, 2, 0).numpy()).max() <= 1
+        assert all(abs(first - view).mean() > 2 for view in views)
+    assert (sheet[:4] == 255).all() and (sheet[:, :4] == 255).all()  # the border is white

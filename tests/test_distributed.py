@@ -1,0 +1,550 @@
+"""Rules 1 and 2 of the design: the number of processes changes nothing, neither the mathematics
+(gradients, tables, clusters, features, scores) nor the data that a step sees.
+
+One pool of processes per N = 1, 2, 4 runs all `CASES` once; the tests compare what they returned.
+The networks have no BatchNorm, the one thing that is allowed to differ between ranks.
+"""
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import clinfonce
+import common
+
+NS = (1, 2, 4)
+B = 16  # rows of the global batch
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------ what the processes work on
+
+
+def flags(*more):
+    """The parsed flags of clinfonce.py, which is not run."""
+    found = []
+    with mock.patch.object(common, "run", lambda train, parser, argv:
+                           found.append(parser.parse_args(argv))):
+        clinfonce.main(["--device", "cpu", "--threads", "1", "--workers", "0", "--batch-size",
+                        str(B), "--image-size", "8", "--clusters", "instance", "--out", "unused",
+                        *more])
+    return found[0]
+
+
+def own_rows(n=B):
+    """This rank's rows of a global batch of n."""
+    b = n // common.world()
+    return slice(common.rank() * b, (common.rank() + 1) * b)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """Stands in for clinfonce.ClInfoNCE: the same interface, no BatchNorm, float64 if asked."""
+
+    dtype = torch.float64
+
+    def __init__(self, args, classes):
+        super().__init__()
+        self.unit = args.loss != "ce"
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * args.image_size ** 2, 16),
+                                      nn.Tanh())
+        self.head = nn.Linear(16, args.dim if self.unit else classes)
+        self.head2 = nn.Linear(16, args.dim) if args.dual else None
+        self.to(self.dtype)
+        self.backbone.register_forward_pre_hook(lambda _, x: (x[0].to(self.dtype),))
+
+    def forward(self, x, second=False):
+        h = self.backbone(x)
+        out = [self.head(h)] + ([self.head2(h)] if second else [])
+        return [F.normalize(z, dim=1) if self.unit else z for z in out]
+
+
+def blobs(n, seed):
+    """n small images of four flat colours with a little noise: no rounding moves a cluster."""
+    g = torch.Generator().manual_seed(seed)
+    label = torch.randperm(n, generator=g) % 4
+    colours = torch.tensor([[40, 40, 40], [40, 210, 210], [210, 40, 210], [210, 210, 40]])
+    noise = torch.randint(-9, 10, (n, 3, 8, 8), generator=g)
+    images = (colours[label][:, :, None, None] + noise).to(torch.uint8)
+    return common.Table(dict(label=label, coarse=label // 2), dict(label=list("abcd")), images)
+
+
+def blob_tables(args):
+    return blobs(70, 0), blobs(21, 1)  # 4 batches of 16, and 6 rows that are dropped
+
+
+# ------------------------------------------------------------------ cases, run on every rank
+
+
+def case_gather(folder):
+    x, w = normal(B, 3), normal(max(NS), B, 3, seed=1)[common.rank()]
+    own = x[own_rows()].clone().requires_grad_()
+    everyone = common.gather(own)
+    (w * everyone ** 2).sum().backward()  # every rank weights the rows of all ranks differently
+    across = x.T[:, own_rows()].clone().requires_grad_()
+    (w.T * common.gather(across, dim=1) ** 2).sum().backward()
+    detached = common.gather(own.detach())
+    ids = common.gather(torch.arange(B)[own_rows()])
+    return dict(rows=everyone.detach(), grad=own.grad, grad_across=across.grad, ids=ids,
+                detached=detached.requires_grad)
+
+
+def dropping_gather(x, dim=0):
+    """The field's common bug: rows of other ranks, and what they ask of one's own, are lost."""
+    parts = [torch.empty_like(x) for _ in range(common.world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[common.rank()] = x
+    return torch.cat(parts, dim)
+
+
+def step(kind, gather):
+    """Loss of one step and the gradient of every parameter, by the calls of clinfonce.train."""
+    own = own_rows()
+    x = normal(2, B, 3, 2, 2, seed=2)[:, own]
+    # clusters that cross the ranks for N = 2 and 4, one image alone, ids with gaps
+    ids = torch.tensor([5, 5, 9, -3, 5, 9, 0, 0, 9, 5, -3, 0, 9, 77, 0, 5])[own]
+    mask = normal(B, B, seed=3).abs()[own]  # asymmetric weights
+    torch.manual_seed(0)
+    args = flags("--image-size", "2", "--dim", "6", *(
+        ["--dual", "--clusters", "kmeans"] if "dual" in kind else []))
+    model = Net(args, 0)
+    network = common.ddp(model, args, unused=args.dual)
+    found = {}
+    for second in ((False, True) if kind == "dual" else (False,)):  # warm-up step, then both heads
+        network.zero_grad(set_to_none=True)
+        z, *q = (y.unflatten(0, x.shape[:2]) for y in network(x.flatten(0, 1), second=second))
+        if kind == "ids":
+            loss = clinfonce.cl_infonce(z, ids, None, gather(z, dim=1), gather(ids), own.start,
+                                        0.1, 0.07)
+        elif kind == "mask":
+            loss = clinfonce.cl_infonce(z, None, mask, gather(z, dim=1), None, own.start, 0.2, 0.2)
+        else:
+            loss = clinfonce.cl_infonce(z, None, None, gather(z, dim=1), None, own.start, 0.1, 0.1)
+            for q2 in q:
+                loss = loss + clinfonce.cluster_head_loss(
+                    q2, gather(q2.detach(), dim=1), ids, gather(ids), 0.1)
+        mean = common.finite(loss, 0)
+        loss.backward()
+        found["after" if second else "first"] = dict(
+            loss=mean, grad={n: None if p.grad is None else p.grad.clone()
+                             for n, p in model.named_parameters()})
+    return found
+
+
+def case_gradients(folder):
+    found = {kind: step(kind, common.gather) for kind in ("ids", "instance", "mask", "dual")}
+    if common.world() > 1:
+        found["dropped"] = step("ids", dropping_gather)
+    return found
+
+
+class Values(nn.Module):
+    """First pixels of the image, plus a buffer that differs between ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running", torch.tensor(100.0 * common.rank()))
+
+    def forward(self, x):
+        assert not self.training
+        return x.flatten(1)[:, :2] * 255 + self.running
+
+
+def case_features(folder):
+    args = flags("--mean", "0", "0", "0", "--std", "1", "1", "1")
+    found = {}
+    for n in (37, 3):  # neither divides by the ranks; with 3 rows one of four ranks has none
+        images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).repeat(1, 3, 8, 8)
+        table = common.Table({}, {}, images)
+        module = Values().train()
+        found[n] = common.features(module, SimpleNamespace(
+            args=args, device=CPU, still_batches=common.Data.still_batches.__get__(
+                SimpleNamespace(device=CPU))), table)
+        assert module.training  # left as it was
+    return found
+
+
+def case_scores(folder):
+    g = torch.Generator().manual_seed(4)
+    labels = torch.arange(50) % 5
+    images = torch.randint(0, 200, (50, 3, 8, 8), generator=g)
+    # a faint mark of the class, so that neither all nor none of the neighbours are right
+    images[torch.arange(50), :, labels] += 50
+    table = common.Table(dict(label=labels), dict(label=list("abcde")), images.to(torch.uint8))
+    args = flags("--knn-k", "7")
+    data = common.Data(table.select(torch.arange(33)), table.select(torch.arange(33, 50)), args,
+                       CPU)
+    query = F.normalize(images.flatten(1).double() - 100, dim=1)
+    return dict(knn=common.knn_accuracy(nn.Flatten(), data),
+                alone=common.retrieval(query, labels),
+                bank=common.retrieval(query[:17], labels[:17], query[17:], labels[17:]))
+
+
+def case_clusters(folder):
+    """Clusters.update with both K-means, and the sharded one itself."""
+    found = {}
+    for way in ("faiss", "torch"):
+        args = flags("--clusters", "kmeans", "--k", "4", "--kmeans", way, "--dim", "6")
+        torch.manual_seed(0)
+        model = Net(args, 0)
+        data = common.Data(*blob_tables(args), args, CPU)
+        clusters = clinfonce.Clusters(torch.arange(len(data.train)))
+        clusters.update(model, data, args, 1)
+        found[way] = dict(ids=clusters.ids, found=bool(clusters.found))
+    x = torch.eye(6).repeat(10, 1) * 5 + normal(60, 6, seed=5).float() * 0.1
+    share = slice(common.rank(), None, common.world())
+    ids, centroids = clinfonce.kmeans_torch(x, 6, 0, share, clinfonce._sum_over_ranks)
+    found["sharded"] = dict(ids=ids, centroids=centroids)
+    return found
+
+
+def case_views(folder):
+    """Rows and augmented views of a few steps, from memory and from files, every operation on."""
+    more = ["--blur", "0.5", "--solarize", "0.3", "--erase", "0.5", "--seed", "3"]
+    args = flags(*more)
+    memory = common.Data(*blob_tables(args), args, CPU)
+    args = flags("--dataset", "folder", "--data-dir", f"{folder}/images", *more)
+    files = common.load(args, CPU)
+    found = {}
+    for name, data, first, last in (("memory", memory, 2, 9), ("files", files, 1, 3)):
+        spec = common.augmentation(data.args)
+        for batch in data.batches(first, last, spec):
+            assert batch.first == own_rows().start
+            found[name, batch.step] = dict(rows=batch.rows, views=common.augment(batch))
+    return found
+
+
+def case_stop(folder):
+    """A NaN and a SIGTERM of the last rank only."""
+    common.setup(flags())
+    last = common.rank() == common.world() - 1
+    found = dict(mean=common.finite(torch.tensor(1.0 + common.rank()), 6))
+    try:
+        common.finite(torch.tensor(float("nan") if last else 1.0), 7)
+    except common.RunFailed as error:
+        found["nan"] = str(error)
+    found["before"] = common.stopping()
+    if last:
+        os.kill(os.getpid(), signal.SIGTERM)
+    common.finite(torch.tensor(1.0), 8)
+    found["after"] = common.stopping()
+    common.setup(flags())  # a new run does not remember
+    found["reset"] = common.stopping()
+    return found
+
+
+TRAININGS = {
+    "instance": [],
+    "coarse": ["--clusters", "coarse"],
+    "ce": ["--clusters", "label", "--loss", "ce"],
+    "faiss": ["--clusters", "kmeans", "--kmeans", "faiss"],
+    "torch": ["--clusters", "kmeans", "--kmeans", "torch"],
+    "dual": ["--clusters", "kmeans", "--kmeans", "torch", "--dual", "--kmeans-warmup", "1"],
+    "float32": ["--clusters", "kmeans", "--kmeans", "faiss"],
+}
+
+
+def train(folder, more, dtype=torch.float64):
+    """A whole short run of clinfonce.train; the tables of this rank at its end."""
+    made = {}
+
+    def keep(name, kind):
+        def make(*values):
+            made[name] = kind(*values)
+            return made[name]
+        return make
+
+    args = flags("--out", folder, "--epochs", "3", "--k", "4", "--dim", "6", "--knn-every", "1",
+                 "--knn-k", "9", "--log-every", "1", "--lr", "0.1", *more)
+    with mock.patch.object(clinfonce, "ClInfoNCE", keep("model", Net)), \
+            mock.patch.object(clinfonce, "Clusters", keep("clusters", clinfonce.Clusters)), \
+            mock.patch.object(Net, "dtype", dtype), \
+            mock.patch.dict(common.SOURCES, shapes=blob_tables), \
+            mock.patch.object(common, "curves", lambda *_: None), \
+            mock.patch.object(common, "views_picture", lambda *_: None), \
+            contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        clinfonce.train(args)
+    return dict(weights=made["model"].state_dict(), ids=made["clusters"].ids)
+
+
+def stop_at(last):
+    """Let this process get a SIGTERM before the end of step `last`."""
+    real = common.finite
+
+    def finite(loss, step):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(loss, step)
+    return mock.patch.object(common, "finite", finite)
+
+
+def case_train(folder):
+    found = {}
+    for name, more in TRAININGS.items():
+        found[name] = train(f"{folder}/{name}-{common.world()}", more,
+                            torch.float32 if name == "float32" else torch.float64)
+    with stop_at(5 if common.rank() == 0 else None):  # the parent goes on with this one
+        train(f"{folder}/stopped-{common.world()}", TRAININGS["faiss"])
+    return found
+
+
+CASES = dict(gather=case_gather, gradients=case_gradients, features=case_features,
+             scores=case_scores, clusters=case_clusters, views=case_views, stop=case_stop,
+             train=case_train)
+
+
+def worker(rank, N, folder):
+    """One process of the pool of N."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N))
+    if N > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{N}", rank=rank,
+                                world_size=N, timeout=timedelta(seconds=90))
+    torch.save({name: case(folder) for name, case in CASES.items()}, f"{folder}/{N}-{rank}.pt")
+    if N > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder of all runs, with 40 image files of unequal size in two classes."""
+    folder = tmp_path_factory.mktemp("pool")
+    g = np.random.default_rng(0)
+    for i in range(50):  # every fifth of a class is held out
+        path = folder / "images" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 256, (20 + i % 3, 18 + i % 5, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """results[N][rank][case], of all pools, which run at the same time."""
+    # faiss takes all cores for itself: seven processes would stand in each other's way
+    os.environ["OMP_THREAD_LIMIT"] = "1"
+    # one process imports torch and is forked: a few seconds instead of some for each of seven
+    multiprocessing.set_forkserver_preload(["torch", "torchvision", "torchvision.transforms"])
+    pools = [torch.multiprocessing.start_processes(worker, (N, str(folder)), N, join=False,
+                                                   start_method="forkserver") for N in NS]
+    try:
+        for pool in pools:
+            deadline = time.monotonic() + 150
+            while not pool.join(timeout=5):
+                assert time.monotonic() < deadline, "a process waits for the others for ever"
+    finally:
+        del os.environ["OMP_THREAD_LIMIT"]
+        for process in (p for pool in pools for p in pool.processes):
+            process.kill()
+    return {N: [torch.load(folder / f"{N}-{r}.pt", weights_only=False) for r in range(N)]
+            for N in NS}
+
+
+many = pytest.mark.parametrize("N", NS[1:])
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------ rule 1: the same mathematics
+
+
+@pytest.mark.parametrize("N", NS)
+def test_gather_and_its_gradient(results, N):
+    x, w = normal(B, 3), normal(max(NS), B, 3, seed=1)[:N]
+    expected = 2 * x * w.sum(0)  # every rank's loss depends on every row
+    got = [r["gather"] for r in results[N]]
+    for r in got:
+        assert torch.equal(r["rows"], x) and torch.equal(r["ids"], torch.arange(B))
+        assert r["detached"] is False
+    close(torch.cat([r["grad"] for r in got]), expected)
+    close(torch.cat([r["grad_across"] for r in got], 1), expected.T)
+
+
+@many
+@pytest.mark.parametrize("kind", ["ids", "instance", "mask", "dual"])
+def test_gradients_are_those_of_one_process(results, N, kind):
+    for phase, one in results[1][0]["gradients"][kind].items():
+        assert sum(g.abs().sum() for g in one["grad"].values() if g is not None) > 0.1
+        for r in results[N]:
+            found = r["gradients"][kind][phase]
+            assert found["loss"] == pytest.approx(one["loss"], abs=1e-10)  # mean over ranks
+            assert found["grad"].keys() == one["grad"].keys()
+            for name, grad in one["grad"].items():
+                close(found["grad"][name], grad)
+
+
+@pytest.mark.parametrize("N", NS)
+def test_second_head_has_no_gradient_in_the_warm_up(results, N):
+    for r in results[N]:
+        dual = r["gradients"]["dual"]
+        for name, grad in dual["first"]["grad"].items():
+            assert (grad is None) == name.startswith("head2")
+        assert dual["after"]["grad"]["head2.weight"].abs().max() > 1e-3
+
+
+@many
+def test_a_gather_without_gradient_would_be_noticed(results, N):
+    right = results[1][0]["gradients"]["ids"]["first"]
+    for r in results[N]:
+        wrong = r["gradients"]["dropped"]["first"]
+        assert wrong["loss"] == pytest.approx(right["loss"], abs=1e-10)  # the loss cannot tell
+        assert max((wrong["grad"][n] - g).abs().max() for n, g in right["grad"].items()) > 1e-3
+
+
+@many
+@pytest.mark.parametrize("name", [n for n in TRAININGS if n != "float32"])
+def test_training_ends_with_the_weights_of_one_process(results, folder, N, name):
+    one = results[1][0]["train"][name]
+    for r in results[N]:
+        for key, value in one["weights"].items():
+            close(r["train"][name]["weights"][key], value)
+        assert torch.equal(r["train"][name]["ids"], one["ids"])  # the replicas of the table
+    logs = [read_log(folder / f"{name}-{n}") for n in (1, N)]
+    assert len(logs[0]) == len(logs[1]) > 12
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx(b, abs=1e-9)
+
+
+def test_the_trainings_differ_from_each_other(results):
+    found = results[1][0]["train"]
+    weights = [found[name]["weights"]["backbone.1.weight"]
+               for name in ("instance", "coarse", "ce", "faiss", "dual")]
+    for i, a in enumerate(weights):
+        assert all((a - b).abs().max() > 1e-2 for b in weights[:i])
+    close(found["faiss"]["weights"], found["torch"]["weights"])  # the same clusters
+
+
+def read_log(folder):
+    """Lines after the header, without what may differ."""
+    lines = [json.loads(s) for s in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "memory_mb", "seconds")
+             and not isinstance(v, str)} for line in lines]
+
+
+@many
+def test_a_run_of_many_ranks_goes_on_in_one_process(results, folder, N):
+    checkpoint = torch.load(folder / f"stopped-{N}" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 6  # of 12, in the middle of an epoch
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    try:
+        found = train(str(folder / f"stopped-{N}"), TRAININGS["faiss"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        torch.set_num_threads(threads)
+    one = results[1][0]["train"]["faiss"]
+    assert torch.equal(found["ids"], one["ids"])
+    for key, value in one["weights"].items():
+        close(found["weights"][key], value)
+
+
+@pytest.mark.parametrize("N", NS)
+def test_features_of_all_ranks_stand_in_row_order(results, N):
+    for r in results[N]:
+        for n, x in r["features"].items():  # row i has the value i; the buffer is rank 0's
+            assert x.dtype == torch.float32
+            close(x, torch.arange(n).float()[:, None].expand(n, 2), 1e-4)
+
+
+@many
+def test_scores_are_those_of_one_process(results, N):
+    one = results[1][0]["scores"]
+    assert 20 < one["knn"] < 100 and 10 < one["alone"]["mAP@R"] < one["alone"]["R@5"] < 100
+    for r in results[N]:
+        assert r["scores"]["knn"] == one["knn"]
+        assert r["scores"]["alone"] == pytest.approx(one["alone"], abs=1e-10)
+        assert r["scores"]["bank"] == pytest.approx(one["bank"], abs=1e-10)
+
+
+@pytest.mark.parametrize("N", NS)
+@pytest.mark.parametrize("way", ["faiss", "torch"])
+def test_cluster_ids_are_those_of_one_process_on_every_rank(results, N, way):
+    one = results[1][0]["clusters"][way]
+    truth = blob_tables(None)[0].columns["label"]
+    assert len(set(zip(truth.tolist(), one["ids"].tolist(), strict=True))) == 4
+    for r in results[N]:
+        assert r["clusters"][way]["found"] and torch.equal(r["clusters"][way]["ids"], one["ids"])
+
+
+@pytest.mark.parametrize("N", NS)
+def test_clusters_stay_equal_through_a_float32_training(results, N):
+    one = results[1][0]["train"]["float32"]
+    truth = blob_tables(None)[0].columns["label"]
+    assert len(set(zip(truth.tolist(), one["ids"].tolist(), strict=True))) == 4
+    for r in results[N]:
+        assert torch.equal(r["train"]["float32"]["ids"], one["ids"])
+
+
+@many
+def test_sharded_kmeans(results, N):
+    one = results[1][0]["clusters"]["sharded"]
+    assert len(one["ids"].unique()) == 6
+    for r in results[N]:
+        found = r["clusters"]["sharded"]
+        assert torch.equal(found["ids"], one["ids"])
+        close(found["centroids"], one["centroids"], 1e-6)
+        assert torch.equal(found["centroids"], results[N][0]["clusters"]["sharded"]["centroids"])
+
+
+@pytest.mark.parametrize("N", NS)
+def test_ranks_stop_together(results, N):
+    for r in results[N]:
+        found = r["stop"]
+        assert found["mean"] == (N + 1) / 2
+        assert found["nan"].startswith("the loss is nan at step 7; the last checkpoint is kept")
+        assert (found["before"], found["after"], found["reset"]) == (False, True, False)
+
+
+def test_a_batch_that_does_not_divide(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(common.BadInput, match="--batch-size 16 does not divide by 3 process"):
+        common.setup(flags())
+
+
+# ------------------------------------------------------------------ rule 2: the same data
+
+
+@many
+def test_ranks_together_see_the_views_of_one_process(results, N):
+    one = results[1][0]["views"]
+    assert [k for k in one if k[0] == "files"] == [("files", 1), ("files", 2)]
+    assert [k[1] for k in one if k[0] == "memory"] == list(range(2, 9))
+    for key, expected in one.items():
+        found = [r["views"][key] for r in results[N]]
+        assert torch.equal(torch.cat([f["rows"] for f in found]), expected["rows"])
+        assert torch.equal(torch.cat([f["views"] for f in found], 1), expected["views"])
+        assert expected["views"].shape == (2, B, 3, 8, 8)
+        # both views, and all images, are other draws
+        assert len(expected["views"].flatten(0, 1).flatten(1).unique(dim=0)) == 2 * B
+
+
+def test_an_epoch_is_a_shuffle_and_a_step_does_not_depend_on_the_first(results):
+    one = results[1][0]["views"]  # it began with step 2, as a resumed run does
+    args = flags("--blur", "0.5", "--solarize", "0.3", "--erase", "0.5", "--seed", "3")
+    data = common.Data(*blob_tables(args), args, CPU)
+    seen = {b.step: (b.rows, common.augment(b))
+            for b in data.batches(0, 8, common.augmentation(args))}
+    for t in range(2, 8):
+        assert torch.equal(seen[t][0], one["memory", t]["rows"])
+        assert torch.equal(seen[t][1], one["memory", t]["views"])
+    epochs = [torch.cat([seen[t][0] for t in range(e, e + 4)]) for e in (0, 4)]
+    assert all(len(rows.unique()) == 4 * B for rows in epochs)
+    assert not torch.equal(*epochs) and not torch.equal(epochs[0], epochs[0].sort().values)

@@ -1,0 +1,668 @@
+"""Parity with the authors: inputs and outputs of their own code, stored in tests/golden/*.npz.
+
+The keys of a file read `group/case/name`. Every test below takes its cases, sizes and scalars from
+the keys that it finds, so that another directory with the same scheme passes unchanged:
+
+    GOLDEN_DIR=PATH python -m pytest tests/test_golden.py
+
+A documented group that is missing fails, and so does a key that no test reads.
+Tolerances are relative in float64 and relative to the largest entry in float32.
+"""
+import functools
+import json
+import os
+import re
+from collections import defaultdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import clinfonce
+import common
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+GROUPS = {  # method -> documented groups, each of which must be there
+    "clinfonce": [
+        "supcon", "supcon_2rank", "step", "lr", "kmeans", "kmeans_loss", "schedule", "accuracy",
+        "attr", "hier_synthetic", "wordnet", "dual_1rank", "dual_2rank", "dual_step_1rank",
+        "dual_step_2rank", "projection_head", "lars",
+    ],
+}
+
+PATTERNS = defaultdict(list)  # method -> patterns of the cases that have a test, see `exercises`
+
+
+# ------------------------------------------------------------------------------------- reader
+
+
+@functools.cache
+def arrays(method):
+    """All arrays of one file by key; empty without the file, which test_group_is_there reports."""
+    path = GOLDEN / f"{method}.npz"
+    return dict(np.load(path, allow_pickle=False)) if path.exists() else {}
+
+
+class Case:
+    """The keys below one prefix of a file, and which of them were read."""
+
+    def __init__(self, method, prefix):
+        stem = prefix + "/"
+        self.name, self.prefix, self.read = prefix.split("/")[-1], prefix, set()
+        self.arrays = {
+            key.removeprefix(stem): array
+            for key, array in arrays(method).items()
+            if key.startswith(stem)
+        }
+
+    def __contains__(self, key):
+        return key in self.arrays
+
+    def __getitem__(self, key):
+        """Numbers come as a tensor, text as a str or a list of str."""
+        self.read.add(key)
+        array = self.arrays[key]
+        return array.tolist() if array.dtype.kind == "U" else torch.from_numpy(np.array(array))
+
+    def get(self, key, default=None):
+        """A scalar as a Python number, anything else as `case[key]`; `default` without the key."""
+        value = self[key] if key in self else default
+        return value.item() if torch.is_tensor(value) and value.dim() == 0 else value
+
+    def below(self, stem):
+        """{name: tensor} of the keys `stem/name`."""
+        keys = [key for key in self.arrays if key.startswith(stem + "/")]
+        return {key.removeprefix(stem + "/"): self[key] for key in keys}
+
+    def numbered(self, template):
+        """Sorted numbers n for which a key, or its first component, is `template` with n in {}."""
+        pattern = re.escape(template).replace(r"\{\}", r"(\d+)")
+        found = (re.fullmatch(pattern, key.split("/")[0]) for key in self.arrays)
+        return sorted({int(match[1]) for match in found if match})
+
+
+def cases(method, pattern):
+    """Cases whose prefix matches `pattern`, component by component (`group/*` or `group`)."""
+    parts = pattern.split("/")
+    prefixes = {}  # a dict keeps the order of the file
+    for key in arrays(method):
+        prefix = key.split("/")[: len(parts)]
+        if len(prefix) == len(parts) and all(map(fnmatchcase, prefix, parts)):
+            prefixes["/".join(prefix)] = None
+    return [Case(method, prefix) for prefix in prefixes]
+
+
+def exercises(method, pattern):
+    """Run a test on every case that matches; it fails if a key of its case was never read."""
+    PATTERNS[method].append(pattern)
+
+    def decorate(test):
+        @functools.wraps(test)
+        def checked(case, **arguments):
+            case.read.clear()
+            test(case, **arguments)
+            unread = sorted(case.arrays.keys() - case.read)
+            assert not unread, f"{case.prefix}: never read: {unread}"
+
+        found = cases(method, pattern)
+        return pytest.mark.parametrize("case", found, ids=[case.prefix for case in found])(checked)
+
+    return decorate
+
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+def close(actual, expected, f64=1e-9, f32=1e-5, atol=0.0, what=""):
+    """Equal shape and dtype; relative error f64, or f32 of the largest entry, plus atol."""
+    if not torch.is_tensor(actual):
+        actual = torch.tensor(actual, dtype=expected.dtype)
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    if expected.dtype == torch.float64:  # the small term is for entries that cancel to almost 0
+        rtol, atol = f64, atol + 1e-3 * f64 * scale
+    else:
+        rtol, atol = 0.0, atol + f32 * scale
+    torch.testing.assert_close(
+        actual.detach(), expected, rtol=rtol, atol=atol, msg=lambda message: f"{what}: {message}"
+    )
+
+
+def same_partition(a, b):
+    """Equal up to a relabelling: as many pairs (a_i, b_i) as there are ids in a and in b."""
+    pairs = torch.stack([a, b], 1).unique(dim=0)
+    return len(a) == len(b) and len(pairs) == len(a.unique()) == len(b.unique())
+
+
+def leaf(x):
+    return x.clone().requires_grad_()
+
+
+def grad(x):
+    """Gradient of a leaf, zero if nothing reached it."""
+    return torch.zeros_like(x) if x.grad is None else x.grad
+
+
+# ===================================================================================== Cl-InfoNCE
+#
+# The loss takes view-major features (V, B, D); the files hold (B, V, D).
+
+
+def supcon(case, z, **changes):
+    """cl_infonce on the inputs of a supcon case."""
+    arguments = dict(
+        ids=case["labels"] if "labels" in case else None,
+        mask=case["mask"].to(z.dtype) if "mask" in case else None,
+        tau=case.get("temperature"),
+        base_tau=case.get("base_temperature"),
+        mode=case.get("contrast_mode"),
+    )
+    return clinfonce.cl_infonce(z, **arguments | changes)
+
+
+@exercises("clinfonce", "supcon/*")
+def test_supcon(case):
+    """(E1), (E2). A NaN of the original marks an anchor that has no positive: we leave it out."""
+    features = leaf(case["features"])
+    z = features.transpose(0, 1)
+    per_anchor = supcon(case, z, reduction="none")
+    loss = supcon(case, z)
+    loss.backward()
+
+    soft = "mask" in case and not ((case["mask"] == 0) | (case["mask"] == 1)).all()
+    f64, grad_atol = 1e-9, 1e-12
+    if soft:  # the original casts the mask to float32
+        f64, grad_atol = 1e-6, 1e-6 * case["grad"].abs().max().item()
+    expected = case["per_anchor"]
+    has_positive = expected.isfinite()
+    assert per_anchor.shape == expected.shape
+    assert (per_anchor[~has_positive] == 0).all()
+    close(per_anchor[has_positive], expected[has_positive], f64, what="per_anchor")
+    if has_positive.all():
+        close(loss, case["loss"], f64, 1e-6, what="loss")
+        close(features.grad, case["grad"], f64, 1e-5, atol=grad_atol, what="grad")
+    else:  # differs from the released code on purpose: NaN there
+        assert case["loss"].isnan() and case["grad"].isnan().all()
+        close(loss, expected[has_positive].sum() / max(1, has_positive.sum()), f64, what="loss")
+        assert features.grad.isfinite().all()
+        if features.dtype == torch.float64:
+            assert torch.autograd.gradcheck(
+                lambda f: supcon(case, f.transpose(0, 1)), features, fast_mode=True
+            )
+
+
+@pytest.mark.parametrize("case", cases("clinfonce", "supcon/*"), ids=lambda case: case.prefix)
+def test_supcon_properties(case):
+    """What must hold between two calls on the same features, whatever the stored outputs are."""
+    z = case["features"].transpose(0, 1)
+    B = z.shape[1]
+    none = dict.fromkeys(["ids", "mask"])  # unsupervised
+    per_anchor = supcon(case, z, reduction="none")
+    same = functools.partial(close, f64=1e-10, f32=1e-5, atol=1e-12)
+
+    # Equivariant to the order of the batch.
+    order = torch.arange(B).flip(0).roll(1)
+    moved = {}
+    if "labels" in case:
+        moved["ids"] = case["labels"][order]
+    if "mask" in case:
+        moved["mask"] = case["mask"][order][:, order].to(z.dtype)
+    permuted = supcon(case, z[:, order], reduction="none", **moved)
+    same(permuted, per_anchor[:, order], what="permutation")
+
+    # A rank's anchors against all keys: its columns of the whole.
+    first = B // 2
+    mine = {name: value[first:] for name, value in moved.items()}
+    keys = dict(keys=z[:, order], first=first, reduction="none")
+    if "ids" in moved:
+        keys["key_ids"] = moved["ids"]
+    same(supcon(case, z[:, order][:, first:], **keys, **mine), permuted[:, first:], what="slice")
+
+    # Each instance a cluster of its own: as without ids.
+    alone = supcon(case, z, **none | dict(ids=torch.arange(B)))
+    same(alone, supcon(case, z, **none), what="singletons")
+
+    # One cluster: every other column is a positive, whatever the id is called.
+    together = supcon(case, z, **none | dict(ids=torch.full((B,), -1)))
+    everyone = torch.ones(B, B, dtype=z.dtype)
+    same(together, supcon(case, z, **none | dict(mask=everyone)), what="one cluster")
+
+    if "labels" in case:
+        ids = case["labels"]
+        renamed = 1000 - 7 * ids.unique(return_inverse=True)[1]
+        same(supcon(case, z, ids=renamed, reduction="none"), per_anchor, what="relabelling")
+        mask = (ids[:, None] == ids).to(z.dtype)
+        by_mask = supcon(case, z, ids=None, mask=mask, reduction="none")
+        same(by_mask, per_anchor, what="labels as mask")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(z=torch.ones(2, 4)),
+        dict(ids=torch.arange(3)),
+        dict(ids=torch.arange(4), mask=torch.eye(4)),
+        dict(mode="two"),
+        dict(tau=0.0),
+        dict(tau=-0.1),
+    ],
+    ids=["dims", "length", "ids-and-mask", "mode", "tau-zero", "tau-negative"],
+)
+def test_supcon_bad_input(change):
+    with pytest.raises(ValueError):
+        clinfonce.cl_infonce(**dict(z=torch.ones(2, 4, 3)) | change)
+
+
+@exercises("clinfonce", "supcon_[0-9]*rank/*")
+def test_supcon_ranks(case):
+    """Each rank's anchors against the keys of all, as `gather` with gradient gives them."""
+    ranks = [f"rank{r}" for r in case.numbered("rank{}")]
+    W = len(ranks)
+    assert W > 1
+    features = [leaf(case[f"{rank}/features"]) for rank in ranks]
+    labels = [case[f"{rank}/labels"] if f"{rank}/labels" in case else None for rank in ranks]
+    keys = torch.cat(features).transpose(0, 1)
+    key_ids = None if labels[0] is None else torch.cat(labels)
+    T, T0 = case.get("temperature"), case.get("base_temperature")
+
+    losses, first = [], 0
+    for rank, f, ids in zip(ranks, features, labels, strict=True):
+        given = dict(ids=ids, keys=keys, key_ids=key_ids, first=first, tau=T, base_tau=T0)
+        z = f.transpose(0, 1)
+        per_anchor = clinfonce.cl_infonce(z, **given, reduction="none")
+        losses.append(clinfonce.cl_infonce(z, **given))
+        close(per_anchor, case[f"{rank}/per_anchor"], what=f"{rank} per_anchor")
+        close(losses[-1], case[f"{rank}/local_loss"], f32=1e-6, what=f"{rank} local_loss")
+        first += len(f)
+    close(sum(losses) / W, case["global_loss"], f32=1e-6, what="global_loss")
+
+    sum(losses).backward()  # the backward of `gather` sums over ranks
+    for rank, f in zip(ranks, features, strict=True):
+        close(f.grad, W * case[f"{rank}/grad_of_global_loss"], what=f"{rank} grad")
+
+
+@exercises("clinfonce", "step/*")
+def test_step(case):
+    """A trajectory of a toy model under SGD as in util.py; the card gives T and T0."""
+    init = case.below("init")
+    encoder, hidden, out = (init[f"{name}.weight"] for name in ["encoder", "head.0", "head.2"])
+    model = nn.Sequential()
+    model.add_module("encoder", nn.Linear(*encoder.shape[::-1]))
+    head = [nn.Linear(*hidden.shape[::-1]), nn.ReLU(), nn.Linear(*out.shape[::-1])]
+    model.add_module("head", nn.Sequential(*head))
+    model.to(encoder.dtype).load_state_dict(init)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=case.get("lr"),
+        momentum=case.get("momentum"),
+        weight_decay=case.get("weight_decay"),
+        nesterov=True,
+    )
+    taus = dict(tau=case.get("temperature", 0.1), base_tau=case.get("base_temperature", 0.07))
+    inputs, losses, snapshots = case["inputs"], [], case.numbered("after{}")
+    assert snapshots and snapshots[-1] <= len(inputs)
+    for step, x in enumerate(inputs, 1):  # x: (V, B, features)
+        z = F.normalize(model(x), dim=-1)
+        ids = case["labels"][step - 1] if "labels" in case else None
+        loss = clinfonce.cl_infonce(z, ids, **taus)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if step in snapshots:
+            for name, expected in case.below(f"after{step}").items():
+                close(model.state_dict()[name], expected, f32=1e-4, what=f"after{step} {name}")
+    close(torch.stack(losses), case["losses"], f32=1e-4, what="losses")
+
+
+@exercises("clinfonce", "lr/*")
+def test_lr(case):
+    """Epochs from 1, or the iterations from 0 of the dual form."""
+    lr, E = case.get("base_lr"), case.get("epochs")
+    if "iters_per_epoch" in case:
+        iters = case.get("iters_per_epoch")
+        steps, warmup = E * iters, case.get("warmup_epochs") * iters
+        ours = [common.warmup_cosine(t, steps, lr, warmup=warmup) for t in range(steps)]
+    else:
+        rule = {
+            "warmup": lambda e: clinfonce.warmup_rule(e, E, lr),
+            "cosine": lambda e: common.cosine_by_epoch(e, E, lr, floor=lr * 1e-3),
+            "exp_decay": lambda e: common.exp_by_epoch(e, lr),
+        }[re.match("warmup|cosine|exp_decay", case.name)[0]]
+        ours = [rule(e) for e in range(1, E + 1)]
+    close(ours, case["lr"], 1e-12, 1e-6)
+
+
+def objective(x, centroids, ids):
+    """Sum of squared distances to the assigned centroid."""
+    return (x.double() - centroids.double()[ids]).square().sum().item()
+
+
+def density(x, centroids, ids, temp):
+    """PCL's concentration of each cluster, which Cl-InfoNCE computes and never uses (E8)."""
+    distance = (x.double() - centroids.double()[ids]).norm(dim=1).numpy()
+    members = [distance[ids.numpy() == m] for m in range(len(centroids))]
+    mean = np.array([d.mean() / np.log(len(d) + 10) if len(d) > 1 else 0.0 for d in members])
+    mean[[len(d) <= 1 for d in members]] = mean.max()
+    mean = mean.clip(*np.percentile(mean, [10, 90]))
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(temp * mean / mean.mean())
+
+
+@pytest.mark.parametrize("method", ["kmeans", "kmeans_torch"])
+@exercises("clinfonce", "kmeans/*")
+def test_kmeans(case, method):
+    """(E8). Separated points have one answer; on others only the objective is compared."""
+    separated = re.fullmatch("(blobs|two_levels|k1|k_equals_n|duplicates)(_.*)?", case.name)
+    x, temp = case["features"], case.get("temp")
+    for seed, k in enumerate(case["num_cluster"].tolist()):
+        golden = {name: case[f"k{k}/{name}"] for name in ("im2cluster", "centroids_raw")}
+        best = case.get(f"k{k}/objective")
+        ids, centroids = getattr(clinfonce, method)(x, k, seed=seed)
+
+        assert ids.dtype == torch.int64 and ids.shape == (len(x),)
+        assert centroids.dtype == torch.float32 and centroids.shape == (k, x.shape[1])
+        assert 0 <= ids.min() and ids.max() < k
+        ours = objective(x, centroids, ids)
+        nearest = torch.cdist(x.double(), centroids.double()).square().amin(1).sum().item()
+        assert ours == pytest.approx(nearest, rel=1e-5, abs=1e-5), "not the nearest centroids"
+        better = ours < 0.999 * best - 1e-5  # other starts may find what the authors' five missed
+        if separated and not better:
+            assert same_partition(ids, golden["im2cluster"])
+            assert ours == pytest.approx(best, rel=1e-4, abs=1e-5)
+            to_ours = torch.empty(k, dtype=torch.int64)
+            to_ours[golden["im2cluster"]] = ids  # their id -> our id
+            present = golden["im2cluster"].unique()
+            theirs = golden["centroids_raw"][present]
+            close(centroids[to_ours[present]], theirs, f32=1e-4, what="centroids")
+        else:
+            assert ours <= 1.02 * best + 1e-5
+        again = getattr(clinfonce, method)(x, k, seed=seed)[0]
+        assert torch.equal(again, ids), "equal features and seed, other ids"
+        if "true_partition" in case and k == len(case["true_partition"].unique()):
+            assert same_partition(ids, case["true_partition"])
+
+        # What the authors also store, and what we have no use for.
+        theirs = objective(x, golden["centroids_raw"], golden["im2cluster"])
+        assert theirs == pytest.approx(best, rel=1e-6, abs=1e-9)
+        unit = F.normalize(golden["centroids_raw"], dim=1)
+        close(unit, case[f"k{k}/centroids_normalised"], what="centroids_normalised")
+        expected = case[f"k{k}/density"]
+        theirs = density(x, golden["centroids_raw"], golden["im2cluster"], temp).to(expected.dtype)
+        if expected.isnan().any():  # each point is a centroid: 0 / 0
+            assert expected.isnan().all() and theirs.isnan().all()
+        else:
+            close(theirs, expected, f64=1e-6, f32=1e-6, what="density")
+        last = case.get(f"k{k}/last_reported_obj")  # of the last restart, not of the best one
+        sample = min(1.0, 1000 * k / len(x))  # faiss trains on 1000 points per centroid at most
+        assert last >= (0.999 if sample == 1 else 0.9) * sample * best - 1e-5
+
+
+@exercises("clinfonce", "kmeans_loss")
+def test_kmeans_loss(case):
+    features = leaf(case["features"])
+    ids = case["im2cluster"][case["index"]]
+    loss = clinfonce.cl_infonce(
+        features.transpose(0, 1),
+        ids,
+        tau=case.get("temperature"),
+        base_tau=case.get("base_temperature", 0.07),
+    )
+    loss.backward()
+    close(loss, case["loss"], f32=1e-6, what="loss")
+    close(features.grad, case["grad"], what="grad")
+
+
+@exercises("clinfonce", "schedule")
+def test_schedule(case):
+    """Whether an epoch, counted from 1, begins with a clustering."""
+    for name in case.arrays:
+        warmup, period = map(int, re.fullmatch(r"warmup(\d+)_period(\d+)", name).groups())
+        expected = case[name].tolist()
+        ours = [clinfonce.cluster_epochs(e, warmup, period) for e in range(1, len(expected) + 1)]
+        assert ours == expected, name
+
+
+@exercises("clinfonce", "accuracy")
+def test_accuracy(case):
+    topk = case["topk"].tolist()
+    percent = common.accuracy(case["logits"], case["target"], topk)
+    assert [float(p) for p in percent] == pytest.approx(case["percent"].tolist(), rel=1e-6)
+
+
+@exercises("clinfonce", "attr/*")
+def test_attributes(case):
+    """(E7)."""
+    A, T = case["attributes"], case["class"]
+    order, entropies = clinfonce.rank_attributes(A)
+    assert order.dtype == torch.int64 and torch.equal(order, case["order"])
+    close(entropies, case["entropy_bits"], what="entropy_bits")
+    for column, expected in zip(A.T, case["entropy_bits"].tolist(), strict=True):
+        assert clinfonce.entropy_bits(column) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    ks, coarser = case.numbered("k{}"), torch.zeros(len(A), dtype=torch.int64)
+    assert ks
+    for k in ks:
+        Z = clinfonce.attribute_clusters(A, k)
+        assert Z.dtype == torch.int64 and torch.equal(Z, case[f"k{k}/cluster"])
+        assert len(Z.unique()) == case.get(f"k{k}/num_clusters")
+        assert same_partition(torch.stack([Z, coarser], 1).unique(dim=0, return_inverse=True)[1], Z)
+        coarser = Z  # a larger k refines a smaller one
+        bits = clinfonce.information(Z, T)
+        for name in ["H_Z", "H_Z_given_T", "H_T_given_Z", "I_Z_T"]:
+            expected = case.get(f"k{k}/{name}")
+            assert bits[name] == pytest.approx(expected, rel=1e-9, abs=1e-9), (k, name)
+        assert bits["H_T"] == pytest.approx(bits["I_Z_T"] + bits["H_T_given_Z"], abs=1e-9)
+
+
+def synthetic_clusters(T, depth):
+    """Reference of generate.py: inside each class, groups of 2^depth shuffled instances."""
+    ids, first = torch.empty_like(T), 0
+    for c in T.unique():
+        members = torch.where(T == c)[0].numpy()
+        shuffled = np.random.RandomState(0).permutation(members)  # the seed is set for each class
+        group = torch.arange(len(members)) // 2**depth
+        ids[shuffled] = first + group
+        first += int(group.max()) + 1
+    return ids
+
+
+@exercises("clinfonce", "hier_synthetic")
+def test_hier_synthetic(case):
+    """From one instance per cluster to one class per cluster, at a fixed I(Z;T)."""
+    T, depths = case["class"], case.numbered("depth{}")
+    largest = T.unique(return_counts=True)[1].max().item()
+    assert depths == list(range((largest - 1).bit_length() + 1))
+    for depth in depths:
+        Z = case[f"depth{depth}"].long()
+        assert same_partition(synthetic_clusters(T, depth), Z)
+        bits = clinfonce.information(Z, T)
+        for name in ["H_Z_given_T", "I_Z_T"]:
+            expected = case.get(f"depth{depth}_{name}")
+            assert bits[name] == pytest.approx(expected, rel=1e-9, abs=1e-9), (depth, name)
+    assert same_partition(case[f"depth{depths[-1]}"].long(), T)
+
+
+@exercises("clinfonce", "wordnet")
+def test_wordnet(case):
+    tree, leaves = json.loads(case["tree_json"]), case["leaves"]
+    roots = tree if isinstance(tree, list) else [tree]
+    levels = case.numbered("level{}_group")
+    assert levels
+    for level in levels:
+        groups = {}
+        for root in roots:
+            groups |= clinfonce.hierarchy_groups(root, level)
+        assert [groups[name] for name in leaves] == case[f"level{level}_group"], level
+
+
+def dual_loss(r, h1, h2, ids, tau):
+    """(E5), (E6) of rank r from all ranks' RAW head outputs h1, h2 (2, b, D) and ids, or None.
+
+    Other ranks' features, and all keys of the cluster head, are constants in the original.
+    Returns (instance loss, cluster loss or None).
+    """
+    p, q = ([F.normalize(h, dim=-1) for h in hs] for hs in (h1, h2))
+    b = p[r].shape[1]
+    keys = torch.cat([x if i == r else x.detach() for i, x in enumerate(p)], dim=1)
+    instance = clinfonce.cl_infonce(p[r], keys=keys, first=r * b, tau=tau, base_tau=tau)
+    if ids is None:
+        return instance, None
+    keys = torch.cat(q, dim=1).detach()
+    return instance, clinfonce.cluster_head_loss(q[r], keys, ids[r], torch.cat(ids), tau)
+
+
+def dual_logits(p, r, tau):
+    """Reference of network/clinfo.py: columns [p1; p2; O1; O2] without a row's own, and targets."""
+    b = p[r].shape[1]
+    Q = p[r].flatten(0, 1)  # [p1; p2]
+    O1, O2 = ([x[view] for i, x in enumerate(p) if i != r] for view in (0, 1))
+    logits = Q @ torch.cat([Q, *O1, *O2]).T / tau
+    itself = torch.eye(*logits.shape, dtype=torch.bool)
+    i = torch.arange(b)
+    return logits[~itself].view(2 * b, -1), torch.cat([b - 1 + i, i])
+
+
+@exercises("clinfonce", "dual_[0-9]*rank/*")
+def test_dual(case):
+    """Losses of each rank and their gradients at its own raw head outputs."""
+    ranks = [f"rank{r}" for r in case.numbered("rank{}")]
+    tau = case.get("temperature", 0.1)
+    outputs = ["view1_head1", "view2_head1", "view1_head2", "view2_head2"]
+    for r, rank in enumerate(ranks):
+        raw = [{name: leaf(case[f"{s}/{name}"]) for name in outputs} for s in ranks]
+        h1 = [torch.stack([x["view1_head1"], x["view2_head1"]]) for x in raw]
+        h2 = [torch.stack([x["view1_head2"], x["view2_head2"]]) for x in raw]
+        logits, targets = dual_logits([F.normalize(h, dim=-1) for h in h1], r, tau)
+        close(logits, case[f"{rank}/logits"], what="logits")
+        assert torch.equal(targets, case[f"{rank}/targets"])
+
+        warmup = f"{rank}/cluster_labels" not in case
+        ids = None if warmup else [case[f"{s}/cluster_labels"] for s in ranks]
+        instance, cluster = dual_loss(r, h1, h2, ids, tau)
+        close(instance, case[f"{rank}/infonce_loss"], f32=1e-6, what="infonce_loss")
+        close(F.cross_entropy(logits, targets), case[f"{rank}/infonce_loss"], f32=1e-6)
+        total = instance
+        if not warmup:
+            close(cluster, case[f"{rank}/cluster_loss"], f32=1e-6, what="cluster_loss")
+            total = instance + cluster
+        close(total, case[f"{rank}/total_loss"], f32=1e-6, what="total_loss")
+
+        total.backward()
+        for name in outputs:
+            close(grad(raw[r][name]), case[f"{rank}/grad_{name}"], what=f"{rank} grad_{name}")
+            assert (raw[r][name].grad is None) == (warmup and name.endswith("head2"))
+            assert not any(grad(x[name]).any() for x in raw if x is not raw[r])  # constants
+
+
+@exercises("clinfonce", "dual_step_[0-9]*rank")
+def test_dual_step(case):
+    """Steps under DDP and LARS (values of 3.6 and T of the card); gradients are averaged by hand.
+
+    The first step has no ids: head2 has no gradient (stored as empty) and stays as it is.
+    """
+    ranks = [f"rank{r}" for r in case.numbered("rank{}")]
+    init = case.below("init")
+    model = nn.ModuleDict(
+        {name: nn.Linear(*init[f"{name}.weight"].T.shape) for name in ["net", "head1", "head2"]}
+    )
+    model.to(init["net.weight"].dtype).load_state_dict(init)
+    named = dict(model.named_parameters())
+    groups = common.lars_groups(model.named_parameters(), case.get("weight_decay", 1e-6))
+    optimizer = common.LARS(
+        groups,
+        lr=case.get("lr"),
+        momentum=case.get("momentum", 0.9),
+        trust_coef=case.get("trust_coef", 0.001),
+    )
+    tau = case.get("temperature", 0.1)
+    views = [torch.stack([case[f"{rank}/view{v}"] for v in (1, 2)], 1) for rank in ranks]
+    labels = [case[f"{rank}/cluster_labels"] for rank in ranks]
+    losses, snapshots = [], case.numbered("after{}")
+    assert snapshots and snapshots[-1] <= len(views[0])
+    for step in range(len(views[0])):
+        expected = case.below(f"ddp_grad_step{step}")  # empty where it was not stored
+        has_ids = all(g.numel() for g in expected.values())
+        optimizer.zero_grad(set_to_none=True)
+        h = [model["net"](x[step]) for x in views]  # (2, b, hidden) of each rank
+        h1, h2 = ([model[head](x) for x in h] for head in ("head1", "head2"))
+        ids = [z[step] for z in labels] if has_ids else None
+        total = [dual_loss(r, h1, h2, ids, tau) for r in range(len(ranks))]
+        total = [sum(part for part in parts if part is not None) for parts in total]
+        losses.append(torch.stack(total).detach())
+        torch.stack(total).mean().backward()  # DDP averages over ranks
+        for name, g in expected.items():
+            if g.numel():
+                close(named[name].grad, g, f32=1e-4, what=f"step {step} gradient of {name}")
+            else:
+                assert named[name].grad is None, name
+        optimizer.step()
+        if step + 1 in snapshots:
+            after = case.below(f"after{step + 1}")
+            for name, p in after.items():
+                close(named[name], p, f32=1e-4, what=f"after{step + 1} {name}")
+    assert case.numbered("ddp_grad_step{}")
+    for rank, ours in zip(ranks, torch.stack(losses, 1), strict=True):
+        close(ours, case[f"{rank}/losses"], f32=1e-4, what=f"{rank} losses")
+
+
+@exercises("clinfonce", "projection_head")
+def test_projection_head(case):
+    """Head of the dual form: outputs, and the running statistics after one training batch."""
+    init = case.below("init")
+    (hidden, d_in), d_out = init["linear1.weight"].shape, len(init["linear3.weight"])
+    head = common.MLP3(d_in, hidden, d_out).to(init["linear1.weight"].dtype)
+    head.load_state_dict(init)
+    close(head.train()(case["input"]), case["output_train"], what="output_train")
+    after = case.below("after")
+    assert after
+    for name, expected in after.items():
+        close(head.state_dict()[name], expected, what=name)
+    close(head.eval()(case["input"]), case["output_eval"], what="output_eval")
+
+
+@exercises("clinfonce", "lars")
+def test_lars(case):
+    """util/LARS.py; a weight that starts at zero has trust ratio 1."""
+    parameters = {name: nn.Parameter(p) for name, p in case.below("init").items()}
+    groups = common.lars_groups(parameters.items(), case.get("weight_decay"))
+    optimizer = common.LARS(
+        groups,
+        lr=case.get("lr"),
+        momentum=case.get("momentum"),
+        trust_coef=case.get("trust_coef"),
+    )
+    steps = case.numbered("grad{}")
+    assert steps == list(range(len(steps))) and steps
+    for step in steps:
+        for name, g in case.below(f"grad{step}").items():
+            parameters[name].grad = g
+        optimizer.step()
+        after = case.below(f"after{step + 1}")
+        assert after.keys() == parameters.keys()
+        for name, expected in after.items():
+            close(parameters[name], expected, 1e-10, 1e-6, what=f"after{step + 1} {name}")
+
+
+# ===================================================================================== completeness
+
+
+@pytest.mark.parametrize(
+    ("method", "group"), [(method, group) for method in GROUPS for group in GROUPS[method]]
+)
+def test_group_is_there(method, group):
+    assert arrays(method), f"no {GOLDEN / method}.npz, or nothing in it"
+    assert any(key.startswith(group + "/") for key in arrays(method)), f"no key {group}/..."
+
+
+@pytest.mark.parametrize("method", GROUPS)
+def test_every_key_has_a_test(method):
+    """With the check in `exercises`, no key of a file stays unread."""
+    found = [case for pattern in PATTERNS[method] for case in cases(method, pattern)]
+    keys = {f"{case.prefix}/{name}" for case in found for name in case.arrays}
+    untested = sorted(arrays(method).keys() - keys)
+    assert not untested, f"keys that no test reads: {untested}"

@@ -1,0 +1,525 @@
+"""linear_eval.py: what it loads, which rows it takes, what it trains, and what it writes."""
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import clinfonce
+import common
+import linear_eval
+
+MACHINE = ["--device", "cpu", "--threads", "1", "--workers", "0"]
+QUICK = [*MACHINE, "--lrs", "3", "30", "--weight-decays", "0", "1e-4", "--epochs", "3"]
+
+
+def shapes_tables(args):
+    def table(n, seed):
+        images, columns, classes, captions = common.shapes(n, seed)
+        return common.Table(columns, classes, images)
+    return table(240, 0), table(96, 1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A built-in data set of 240 + 96 images: 24 classes of 10 and 4."""
+    monkeypatch.setitem(common.SOURCES, "shapes", shapes_tables)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Folder of a finished clinfonce run: ResNet-18, imagenet stem, 32 of the images."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(common.SOURCES, "shapes", shapes_tables)
+        clinfonce.main([*MACHINE, "--arch", "resnet18", "--limit-train", "48", "--batch-size", "16",
+                        "--epochs", "1", "--seed", "3", "--label", "coarse", "--clusters",
+                        "instance", "--lr", "0.01", "--out", str(folder)])
+    return folder
+
+
+def flags(*argv):
+    return linear_eval.Parser.parse_args(build_parser(), [*MACHINE, *argv])
+
+
+def build_parser():
+    """The parser that main makes."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "run", lambda train, parser, argv: made.append(parser))
+        linear_eval.main([])
+    return made[0]
+
+
+def run(tmp_path, *argv, name="out.json"):
+    linear_eval.main([*QUICK, "--out", str(tmp_path / name), *argv])
+    return json.loads((tmp_path / name).read_text())
+
+
+def fails(capsys, *argv, status=2):
+    """The one line of an error."""
+    with pytest.raises(SystemExit) as stopped:
+        linear_eval.main([*QUICK, *argv])
+    text = capsys.readouterr().err.strip()
+    last = text.split("\n")[-1]
+    assert stopped.value.code == status and "Traceback" not in text
+    return last
+
+
+def network(arch, stem, seed):
+    """A backbone whose BatchNorm has statistics that are not the initial ones."""
+    torch.manual_seed(seed)
+    backbone = common.resnet(arch, stem).train()
+    with torch.no_grad():
+        backbone(torch.randn(4, 3, 32, 32))
+    return backbone.eval()
+
+
+def prefixed(prefix, backbone):
+    return {prefix + k: v for k, v in backbone.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def moco(q, k):
+    return dict(epoch=9, arch="resnet", state_dict={
+        **prefixed("module.encoder_q.", q), "module.encoder_q.fc.0.weight": torch.ones(2, 2),
+        **prefixed("module.encoder_k.", k), "module.queue": torch.ones(2)})
+
+
+FORMATS = {  # name: (arch, stem, file of (network, another network), prefix, left out)
+    "torchvision": ("resnet50", "imagenet", lambda q, k: dict(
+        q.state_dict(), **{"fc.weight": torch.ones(3, 2048), "fc.bias": torch.ones(3)}),
+        "", {"fc": 2}),
+    "torchvision without fc": ("resnet34", "imagenet", lambda q, k: q.state_dict(), "", {}),
+    "moco": ("resnet18", "imagenet", moco, "module.encoder_q.",
+             {"module.encoder_k": 120, "module.encoder_q.fc": 1, "module.queue": 1}),
+    "own": ("resnet-tiny", "imagenet", lambda q, k: dict(
+        format=1, method="x", step=3, args={}, state=dict(
+            model={**prefixed("backbone.", q), "head.weight": torch.ones(1)},
+            optimizer=dict(state={}))), "backbone.", {"head": 1}),
+    "encoder": ("resnet-tiny", "imagenet", lambda q, k: dict(  # Cl-InfoNCE: flags as a Namespace
+        opt=argparse.Namespace(lr=0.1, name="x", crop=[1, 2]), epoch=4,
+        model={**prefixed("encoder.", q), "head.0.bias": torch.ones(1)}), "encoder.", {"head": 1}),
+    "encoder.module": ("resnet-tiny", "imagenet",
+                       lambda q, k: dict(model=prefixed("encoder.module.", q)),
+                       "encoder.module.", {}),
+    "key encoder first": ("resnet-tiny", "imagenet", lambda q, k: dict(model={  # RINCE
+        **prefixed("module.backbone_k.", k), **prefixed("module.backbone_q.", q)}),
+        "module.backbone_q.", {"module.backbone_k": 72}),
+    "net": ("resnet-tiny", "imagenet", lambda q, k: dict(model={  # WCL
+        **prefixed("module.net.", q), "module.head1.0.weight": torch.ones(1)}),
+        "module.net.", {"module.head1": 1}),
+    "shortcut": ("resnet18", "cifar", lambda q, k: dict(model={
+        k.replace("downsample", "shortcut"): v for k, v in prefixed("encoder.", q).items()}),
+        "encoder.", {}),
+    "no counters": ("resnet-tiny", "imagenet", lambda q, k: {
+        k: v for k, v in q.state_dict().items() if "num_batches" not in k}, "", {}),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_network(name, tmp_path):
+    arch, stem, make, prefix, left_out = FORMATS[name]
+    q, k = network(arch, stem, 1), network(arch if "k" in name else "resnet-tiny", stem, 2)
+    k = network(arch, stem, 2) if name in ("moco", "key encoder first") else k
+    torch.save(make(q, k), tmp_path / "file.pt")
+    loaded, about = linear_eval.load_backbone("file", linear_eval.read(str(tmp_path / "file.pt")))
+    assert (about["arch"], about["stem"], about["prefix"]) == (arch, stem, prefix)
+    assert about["left_out"] == left_out
+    counters = [n for n in q.state_dict() if "num_batches" in n]
+    assert about["missing"] == (counters if name == "no counters" else [])
+    assert about["loaded"] == len(q.state_dict()) - len(about["missing"])
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(x), q(x))
+    assert name not in ("moco", "key encoder first") or not torch.equal(loaded(x), k(x))
+
+
+def test_files_that_do_not_fit(tmp_path, capsys):
+    file = tmp_path / "file.pt"
+    state = network("resnet18", "imagenet", 1).state_dict()
+
+    def error(content, *argv):
+        torch.save(content, file)
+        line = fails(capsys, "--checkpoint", str(file), *argv)
+        assert str(file) in line
+        return line
+
+    assert "no weight fits a ResNet; it holds visual.a, b" in error({
+        "visual.a": torch.ones(2), "b": torch.ones(1)})
+    assert "holds no tensor" in error({"model": {}})
+    assert "holds a Tensor, no weights" in error(torch.ones(3))
+    assert "1 weights missing, layer4.1.bn2.running_var" in error({
+        k: v for k, v in state.items() if k != "layer4.1.bn2.running_var"})
+    assert "1 weights of another shape, layer2.0.conv1.weight" in error({
+        **state, "layer2.0.conv1.weight": torch.ones(128, 64, 1, 1)})
+    assert "no resnet50 with imagenet stem" in error(state, "--arch", "resnet50")
+    assert "no resnet18 with cifar stem: 1 weights of another shape, conv1.weight" in error(
+        state, "--arch", "resnet18", "--stem", "cifar")
+    assert "left over, layer4.2.conv1.weight" in error({
+        **state, "layer4.2.conv1.weight": torch.ones(1)})  # a deeper network
+    assert "cannot be read" in error({"model": pytest.raises})  # weights_only: no code is loaded
+    torch.save(state, file)
+    file.write_bytes(file.read_bytes()[:5000])
+    assert f"{file} cannot be read (truncated" in fails(capsys, "--checkpoint", str(file))
+    assert "gone.pt not found" in fails(capsys, "--checkpoint", str(tmp_path / "gone.pt"))
+    assert "--checkpoint" in fails(capsys)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_trained_resnet18_loads_into_torchvision(trained):
+    model = torch.load(trained / "checkpoint.pt", weights_only=True)["state"]["model"]
+    weights = {k.removeprefix("backbone."): v for k, v in model.items() if "backbone." in k}
+    theirs = torchvision.models.resnet18(weights=None)
+    fc = {"fc." + k: v for k, v in theirs.fc.state_dict().items()}
+    theirs.load_state_dict({**weights, **fc}, strict=True)
+    theirs.fc = torch.nn.Identity()
+    ours = linear_eval.load_backbone("", dict(model=model))[0]
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(theirs.eval()(x), ours.eval()(x))
+
+
+def test_checkpoint_alone_brings_its_flags(trained, tmp_path, capsys):
+    linear_eval.main([*QUICK, "--checkpoint", str(trained / "checkpoint.pt")])
+    record = json.loads((trained / "linear_eval-fast-coarse.json").read_text())
+    assert (record["method"], record["step"], record["seed"]) == ("clinfonce", 3, 3)
+    assert record["data"] == dict(train=48, test=96, classes=6, notes=[])
+    assert record["backbone"]["loaded"] == 120 and record["backbone"]["arch"] == "resnet18"
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    knn = [line["knn_top1"] for line in log if "knn_top1" in line]
+    assert record["results"]["knn"]["top1"] == pytest.approx(knn[-1])
+    assert "120 tensors of resnet18, imagenet stem, loaded from 'backbone.*'; left out: head (4)" \
+        in capsys.readouterr().out
+    # the untrained network of the same seed is the one that the run began with
+    base = run(tmp_path, "--checkpoint", "none", "--arch", "resnet18", "--limit-train", "48",
+               "--label", "coarse", "--seed", "3")
+    assert base["results"]["knn"]["top1"] == pytest.approx(knn[0])
+    args = flags("--checkpoint", str(trained / "checkpoint.pt"), "--label", "pattern",
+                 "--limit-train", "24")
+    assert (args.label, args.limit_train, args.seed, args.dataset) == ("pattern", 24, 3, "shapes")
+    other = flags("--checkpoint", str(trained / "checkpoint.pt"), "--dataset", "cifar10")
+    assert (other.label, other.limit_train, other.seed) == ("label", None, 3)
+
+
+# ---------------------------------------------------------------------------------- rows
+
+
+def uneven(args):
+    """Classes 3 (30 images), 5 (3), 7 (20), 4 without label; test: 3, 5, 7, 9, none."""
+    def table(*counts):
+        labels = torch.cat([torch.full((n,), c) for c, n in counts])
+        images = common.shapes(len(labels), 0, size=16)[0]
+        return common.Table(dict(label=labels), dict(label=[f"class {i}" for i in range(10)]),
+                            images)
+    return table((3, 30), (5, 3), (7, 20), (-1, 4)), table((7, 4), (5, 2), (9, 3), (3, 5), (-1, 1))
+
+
+def test_min_per_class(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(common.SOURCES, "shapes", uneven)
+    data, names, notes = linear_eval.load(flags("--checkpoint", "none", "--min-per-class", "4"),
+                                          torch.device("cpu"))
+    assert names == ["class 3", "class 7"]
+    assert data.train.columns["label"].tolist() == [0] * 30 + [1] * 20
+    assert data.test.columns["label"].tolist() == [1] * 4 + [0] * 5
+    assert data.test.index.tolist() == [0, 1, 2, 3, 9, 10, 11, 12, 13]
+    assert notes[0].startswith("7 of 57 training images") and "6 of 15 test images" in notes[1]
+    data, names, _ = linear_eval.load(flags("--checkpoint", "none"), torch.device("cpu"))
+    assert names == ["class 3", "class 5", "class 7"] and len(data.test) == 11
+    line = fails(capsys, "--checkpoint", "none", "--min-per-class", "25", "--out",
+                 str(tmp_path / "x.json"))
+    assert "--min-per-class 25" in line and "1 classes" in line and not list(tmp_path.iterdir())
+
+
+def test_fraction(capsys, tmp_path):
+    def rows(*argv):
+        return linear_eval.load(flags("--checkpoint", "none", *argv), torch.device("cpu"))[0].train
+
+    part = rows("--fraction", "0.2", "--batch-size", "8")
+    assert torch.bincount(part.columns["label"]).tolist() == [2] * 24
+    assert torch.equal(part.index, rows("--fraction", "0.2", "--batch-size", "8").index)
+    assert not torch.equal(part.index, rows("--fraction", "0.2", "--batch-size", "8", "--seed",
+                                            "1").index)
+    assert len(rows("--fraction", "0.3", "--recipe", "fast")) == 72
+    assert flags("--checkpoint", "none", "--fraction", "0.01").recipe == "semi-1"
+    assert flags("--checkpoint", "none", "--fraction", "0.1").recipe == "semi-10"
+    assert flags("--checkpoint", "none", "--recipe", "semi-1").fraction == 0.01
+    for bad in ("0", "1.5", "-0.1"):
+        assert f"--fraction {float(bad)} is not in (0, 1]" in fails(
+            capsys, "--checkpoint", "none", f"--fraction={bad}")
+    assert "2 of 240 training images leave some of the 24 classes" in fails(
+        capsys, "--checkpoint", "none", "--fraction", "0.01")
+
+
+def test_subset(tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("7\n\n200\n12\n")
+    argv = ["--checkpoint", "none", "--recipe", "fast", "--subset", str(names)]
+    data = linear_eval.load(flags(*argv), torch.device("cpu"))[0]
+    assert data.train.index.tolist() == [7, 12, 200]
+    names.write_text("7\ncat.png\n")
+    assert "line 2: 'cat.png' names no labelled training image" in fails(capsys, *argv)
+    names.write_text("\n")
+    assert "names no image" in fails(capsys, *argv)
+    assert "cannot be read" in fails(capsys, *argv[:-1], str(tmp_path / "gone.txt"))
+    assert "needs a --recipe" in fails(capsys, "--checkpoint", "none", "--subset", str(names))
+
+    root = tmp_path / "images"  # files: by name, or by path where a name occurs twice
+    for split, n in (("train", 3), ("val", 1)):
+        for c in "ab":
+            (root / split / c).mkdir(parents=True)
+            for i in range(n):
+                name = f"{i}.png" if i else f"{c}{i}.png"
+                Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(root / split / c / name)
+    argv += ["--dataset", "folder", "--data-dir", str(root)]
+    names.write_text("b0.png\ntrain/a/1.png\n")
+    data = linear_eval.load(flags(*argv), torch.device("cpu"))[0]
+    assert [p[-7:] for p in data.train.paths] == ["a/1.png", "/b0.png"]
+    names.write_text("1.png\n")
+    assert "'1.png' names no labelled training image, or two" in fails(capsys, *argv)
+
+
+def test_bad_flags(tmp_path, capsys):
+    none = ["--checkpoint", "none", "--out", str(tmp_path / "x.json")]
+    assert "no column 'colr'; the data set has: label" in fails(capsys, *none, "--label", "colr")
+    assert "no column 'colr'" in fails(capsys, *none, "--retrieval-labels", "colr")
+    assert "--knn-k 300: there are 240" in fails(capsys, *none, "--knn-k", "300")
+    assert "R@20 asks for more rows" in fails(capsys, *none, "--label", "pattern",
+                                              "--limit-train", "16")
+    assert "--recipe infomin: there are fast" in fails(capsys, *none, "--recipe", "infomin")
+    assert "--batch-size 256 is larger" in fails(capsys, *none, "--recipe", "moco")
+    assert "--optimizer lars" in fails(capsys, *none, "--optimizer", "lars")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- fast probe
+
+
+def test_fast_probe_separates_what_is_separable():
+    g = torch.Generator().manual_seed(0)
+    y, y_test = torch.arange(200) % 5, torch.arange(100) % 5
+    means = 3 * torch.randn(5, 12, generator=g) + 7
+    # features of very different scales, one of them constant
+    scale = 10.0 ** torch.arange(-3, 9).float()
+    x, x_test = (scale * (means[t] + 0.3 * torch.randn(len(t), 12, generator=g))
+                 for t in (y, y_test))
+    x[:, 3] = x_test[:, 3] = 5.0
+    args = argparse.Namespace(epochs=10, batch_size=32, momentum=0.9, seed=0,
+                              lrs=[0.0, 10.0], weight_decays=[0.0, 1e-5])
+    batch = linear_eval.standardise(x)
+    rows = batch(x, torch.arange(200), y.device)
+    assert rows.shape == (200, 13) and torch.equal(rows[:, 12], torch.ones(200))
+    assert rows[:, :12].square().sum(1).mean().item() == pytest.approx(11 / 12, rel=1e-4)
+    chosen = linear_eval.choose(x, y, batch, 5, args)
+    assert chosen["lr"] == 10.0 and chosen["validation_top1"] == 100.0
+    assert chosen["held_out"] == 40 and len(chosen["grid"]) == 4
+    assert chosen["grid"][0] == dict(lr=0.0, weight_decay=0.0, validation_top1=20.0)
+    W = linear_eval.fit(x, y, torch.arange(200), batch, 5, [(chosen["lr"], 0.0)], args)[:, 0]
+    logits = batch(x_test, torch.arange(100), y.device) @ W
+    assert common.accuracy(logits, y_test) == [100.0]
+
+
+def test_fit_is_softmax_regression():
+    """A long fit ends where the gradient of the regularised mean loss vanishes."""
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(60, 4, generator=g), torch.randint(3, (60,), generator=g)
+    args = argparse.Namespace(epochs=400, batch_size=60, momentum=0.9, seed=0)
+    batch = linear_eval.standardise(x)
+    rows = torch.arange(60)
+    W = linear_eval.fit(x, y, rows, batch, 3, [(5.0, 0.01), (5.0, 0.1)], args)
+    for i, decay in enumerate((0.01, 0.1)):
+        w = W[:, i].clone().requires_grad_()
+        loss = F.cross_entropy(batch(x, rows, "cpu") @ w, y) + decay / 2 * w[:-1].square().sum()
+        loss.backward()
+        assert w.grad.abs().max() < 1e-5 and w[:-1].abs().max() > 0.01
+
+
+def test_test_labels_do_not_choose(tmp_path, monkeypatch):
+    one = run(tmp_path, "--checkpoint", "none", "--label", "coarse")
+
+    def permuted(args):
+        train, test = shapes_tables(args)
+        test.columns["coarse"] = test.columns["coarse"].flip(0)
+        return train, test
+
+    monkeypatch.setitem(common.SOURCES, "shapes", permuted)
+    two = run(tmp_path, "--checkpoint", "none", "--label", "coarse", name="two.json")
+    assert one["results"]["choice"] == two["results"]["choice"]
+    assert one["results"]["probe"] != two["results"]["probe"]
+    # nor do test images: held-out rows are 20 % of each class of the training images
+    assert one["results"]["choice"]["held_out"] == 6 * 8
+
+
+def test_json_against_a_recomputation_by_hand(tmp_path):
+    record = run(tmp_path, "--checkpoint", "none", "--retrieval-labels", "colour", "--knn-k", "7")
+    torch.manual_seed(0)
+    backbone = common.resnet("resnet-tiny").eval()
+    train, test = shapes_tables(None)
+    with torch.no_grad():
+        x, q = (F.normalize(backbone((t.images / 255 - 0.5) / 0.25), dim=1) for t in (train, test))
+    sims = (q.double() @ x.double().T).numpy()
+    y, y_test = train.columns["label"].numpy(), test.columns["label"].numpy()
+    knn = 0
+    for i in range(96):
+        score = np.zeros(24)
+        for j in np.argsort(-sims[i])[:7]:
+            score[y[j]] += math.exp(sims[i, j] / 0.07)
+        knn += score.argmax() == y_test[i]
+    results = record["results"]
+    assert results["knn"]["top1"] == pytest.approx(100 * knn / 96)
+    for name in ("label", "colour"):
+        same = train.columns[name].numpy()[np.argsort(-sims)] == test.columns[name].numpy()[:, None]
+        for k in (1, 5, 10, 20):
+            assert results["retrieval"][name][f"R@{k}"] == pytest.approx(
+                100 * same[:, :k].any(1).mean())
+        average = []
+        for row in same:
+            R = row.sum()
+            average.append(sum(row[:i + 1].mean() for i in range(R) if row[i]) / R)
+        assert results["retrieval"][name]["mAP@R"] == pytest.approx(100 * np.mean(average))
+    assert results["probe"].keys() == {"top1", "top5"} and record["script"] == "linear_eval.py"
+    best = max(results["choice"]["grid"], key=lambda point: point["validation_top1"])
+    assert all(results["choice"][k] == v for k, v in best.items())
+    assert record["versions"]["torch"] == torch.__version__ and record["seconds"] > 0
+    assert record["command"].startswith("linear_eval.py --device cpu") and record["step"] is None
+
+
+def test_equal_runs_and_files_of_others(tmp_path, capsys):
+    one = run(tmp_path, "--checkpoint", "none")
+    two = run(tmp_path, "--checkpoint", "none")  # an equal run may overwrite its own file
+    assert one.pop("seconds") and two.pop("seconds") and one == two
+    out = ["--checkpoint", "none", "--out", str(tmp_path / "out.json")]
+    before = (tmp_path / "out.json").read_bytes()
+    assert "other flags (--seed 0 -> 1)" in fails(capsys, *out, "--seed", "1")
+    assert (tmp_path / "out.json").read_bytes() == before
+    for foreign in ('{"a": 1}', "[1]", "no json", '{"script": "x.py", "args": {}}'):
+        (tmp_path / "out.json").write_text(foreign)
+        assert "out.json is no file of this script" in fails(capsys, *out)
+        assert (tmp_path / "out.json").read_text() == foreign
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(capsys, *out[:-1], str(tmp_path / "file" / "x.json"))
+
+
+# ---------------------------------------------------------------------------------- SGD probe
+
+S = 10  # steps an epoch
+RATES = [  # recipe, step, rate of the linear layer
+    ("clinfonce", 0, 3e-4 + 0.5 * (0.3 - 3e-4) * (1 + math.cos(math.pi / 100))),
+    ("clinfonce", S - 1, 3e-4 + 0.5 * (0.3 - 3e-4) * (1 + math.cos(math.pi / 100))),
+    ("clinfonce", 50 * S - 1, 3e-4 + 0.5 * (0.3 - 3e-4)), ("clinfonce", 100 * S - 1, 3e-4),
+    ("clinfonce-dual", 0, 3.2), ("clinfonce-dual", 40 * S, 1.6),
+    ("clinfonce-dual", 80 * S - 1, 1.6 * (1 + math.cos(math.pi * (80 * S - 1) / (80 * S)))),
+    ("wcl", 0, 3.2), ("wcl", 20 * S, 1.6 * (1 + math.cos(math.pi / 4))),
+    ("cifar", 0, 5.0), ("cifar", 60 * S - 1, 5.0), ("cifar", 60 * S, 1.0),
+    ("cifar", 75 * S - 1, 1.0), ("cifar", 75 * S, 0.2), ("cifar", 90 * S, 0.04),
+    ("moco", 60 * S - 1, 30.0), ("moco", 60 * S, 3.0), ("moco", 80 * S - 1, 3.0),
+    ("moco", 80 * S, 0.3), ("semi-1", 12 * S - 1, 5.0), ("semi-1", 12 * S, 1.0),
+    ("semi-1", 16 * S, 0.2), ("semi-10", 0, 0.2), ("semi-10", 19 * S, 0.008),
+]
+
+
+def test_rates_of_the_recipes():
+    parsed = {name: flags("--checkpoint", "none", "--recipe", name) for name in linear_eval.RECIPES}
+    for args in parsed.values():
+        linear_eval.check(args)
+    for name, step, value in RATES:
+        lr = linear_eval.rate(step, S, parsed[name].lr, parsed[name])
+        assert lr == pytest.approx(value), (name, step)
+    of = {name: (a.epochs, a.batch_size, a.momentum, a.nesterov, a.weight_decay, a.init_std)
+          for name, a in parsed.items()}
+    assert of["clinfonce"] == (100, 128, 0.95, True, 1e-4, 0.0)
+    assert of["clinfonce-dual"] == of["wcl"] == (80, 4096, 0.9, True, 0.0, 0.01)
+    assert of["cifar"] == (100, 512, 0.9, False, 0.0, 0.0)
+    assert of["moco"] == (100, 256, 0.9, False, 0.0, 0.01)
+    assert of["semi-1"] == of["semi-10"] == (20, 256, 0.9, False, 0.0, 0.0)
+    assert (parsed["semi-1"].lr_backbone, parsed["semi-10"].lr_backbone) == (0.02, 0.01)
+    scaled = flags("--checkpoint", "none", "--recipe", "wcl", "--batch-size", "512")
+    linear_eval.check(scaled)
+    assert scaled.lr == pytest.approx(0.4)
+    for name in ("clinfonce-dual", "cifar", "moco", "wcl", "semi-1"):  # crop and flip only
+        spec = common.augmentation(parsed[name])
+        assert spec["jitter_p"] == spec["gray"] == spec["blur"] == 0 and spec["flip"] == 0.5
+    assert common.augmentation(parsed["clinfonce"])["jitter_p"] == 0.8
+
+
+@pytest.mark.parametrize("recipe", ["cifar", "semi-10"])
+def test_only_fine_tuning_changes_the_backbone(recipe, tmp_path, monkeypatch):
+    seen = []
+
+    def catch(*given):
+        seen.append(original(*given))
+        seen.append({k: v.clone() for k, v in seen[0][0].state_dict().items()})
+        return seen[0]
+
+    original = linear_eval.load_backbone
+    monkeypatch.setattr(linear_eval, "load_backbone", catch)
+    file = tmp_path / "file.pt"
+    torch.save(network("resnet-tiny", "imagenet", 5).state_dict(), file)
+    record = run(tmp_path, "--checkpoint", str(file), "--recipe", recipe, "--epochs", "2",
+                 "--batch-size", "48", "--fraction", "0.5", "--label", "coarse")
+    (backbone, _), before = seen
+    after = backbone.state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == (
+        set(before) if recipe == "semi-10" else set())
+    assert record["protocol"] == ("SwAV-style" if recipe == "semi-10" else "recipe cifar")
+    results = record["results"]
+    assert [e["epoch"] for e in results["epochs"]] == [1, 2] and record["data"]["train"] == 120
+    assert results["last"] == results["epochs"][-1] and results["best_on_test"] in results["epochs"]
+    assert results["best_on_test"]["top1"] == max(e["top1"] for e in results["epochs"])
+    assert results["last"]["lr"] == (0.2 if recipe == "semi-10" else 5.0)  # the layer's
+    if recipe == "cifar":
+        check_two_steps(results["epochs"], file)
+
+
+def check_two_steps(epochs, file):
+    """The same by hand: torch's own SGD on features that are not normalised."""
+    args = flags("--checkpoint", str(file), "--recipe", "cifar", "--epochs", "2", "--batch-size",
+                 "48", "--fraction", "0.5", "--label", "coarse")
+    data = linear_eval.load(args, torch.device("cpu"))[0]
+    backbone = linear_eval.load_backbone("", linear_eval.read(str(file)))[0].eval()
+    torch.manual_seed(args.seed)
+    fc = torch.nn.Linear(128, 6)
+    optimizer = torch.optim.SGD(fc.parameters(), 5.0, 0.9)
+    losses = []
+    for batch in data.batches(0, 4, common.augmentation(args), views=1):
+        with torch.no_grad():
+            h = backbone(common.augment(batch)[0])
+        loss = F.cross_entropy(fc(h), data.train.columns["coarse"][batch.rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert [e["loss"] for e in epochs] == pytest.approx(
+        [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2], rel=1e-4)
+    with torch.no_grad():
+        right = fc(common.features(backbone, data, data.test)).argmax(1)
+    top1 = (right == data.test.columns["coarse"]).double().mean().item()
+    assert epochs[-1]["top1"] == pytest.approx(100 * top1)
+
+
+# ---------------------------------------------------------------------------------- picture
+
+
+def test_picture(tmp_path):
+    run(tmp_path, "--checkpoint", "none", "--label", "coarse", "--picture")
+    sheet = Image.open(tmp_path / "out.png")
+    assert sheet.size == (28 + 9 * 110, 26 + 8 * 126)
+    torch.manual_seed(0)
+    args = flags("--checkpoint", "none", "--label", "coarse")
+    data = linear_eval.load(args, torch.device("cpu"))[0]
+    backbone = common.resnet("resnet-tiny")
+    x, q = (F.normalize(common.features(backbone, data, t), dim=1) for t in (data.train, data.test))
+    rows = torch.randperm(96, generator=common.generator(0, 0, "picture"))[:8]
+    near = (q[rows] @ x.T).topk(8).indices
+    same = data.train.columns["coarse"][near] == data.test.columns["coarse"][rows][:, None]
+    green = [[sheet.getpixel((28 + (j + 1) * 110 - 2, 26 + i * 126 + 40)) == (40, 160, 60)
+              for j in range(8)] for i in range(8)]
+    assert green == same.tolist() and 0 < same.sum() < 64
+    # the nearest image of the first query itself, three times enlarged
+    shown = torch.from_numpy(np.asarray(sheet.crop((138, 26, 234, 122))).copy()).permute(2, 0, 1)
+    assert torch.equal(shown[:, ::3, ::3], data.train.images[near[0, 0]])
