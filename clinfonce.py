@@ -49,7 +49,9 @@ ATTRIBUTES = dict(  # [K] card section 4: no released script for CUB, UT-Zappos,
     PAPER, dataset="csv", arch="resnet50", clusters="10", tau=0.1, epochs=1000, batch_size=128,
     lr=0.1)
 RECIPES = {
-    "demo": dict(SMALL, clusters="coarse", epochs=20, crop=[0.5, 1.0]),
+    "demo": dict(  # three of five attributes, 48 clusters; evaluated on 24 classes
+        SMALL, clusters="attributes:3", attributes=["coarse", "pattern", "size"], epochs=20,
+        crop=[0.5, 1.0]),
     "c100-small": dict(  # the protocol that all methods share on a CPU
         SMALL, dataset="cifar100", limit_train=10000, epochs=15,
         crop=[0.08, 1.0],                           # SimCLR B.9: crop, flip, jitter 0.5, no blur
@@ -61,7 +63,7 @@ RECIPES = {
         SMALL, dataset="cifar100", arch="resnet18", stem="cifar", epochs=200, batch_size=512,
         lr=1.0, warmup=10, clusters="kmeans", k=1000, kmeans_warmup=20, knn_every=10, amp="auto"),
     "fashion": dict(  # [K] product photographs with eight attributes, see README
-        SMALL, dataset="npz", train_file="fashion_attributes_96.npz", image_size=64, epochs=15,
+        SMALL, dataset="npz", train_file="fashion_attributes_96.npz", image_size=64, epochs=10,
         label="articleType", clusters="attributes:2"),
     "utzappos": dict(ATTRIBUTES, stem="cifar", image_size=32,  # [M] 32 px
                      mean=[0.8342, 0.8142, 0.8081], std=[0.2804, 0.3014, 0.3072]),  # [R]
@@ -412,8 +414,8 @@ def train(args):
 
     if first_step == 0:
         log.write(step=0, clusters=args.clusters, **about)
-        common.say(f"clusters {args.clusters}: K = {about['K']}, H(Z) = {about['H_Z']:.4f}, H(Z|T) = "
-                   f"{about['H_Z_given_T']:.4f}, I(Z;T) = {about['I_Z_T']:.4f} bits, T = {args.label}")
+        common.say("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, I(Z;T) = "
+                   "{I_Z_T:.4f} bits, T = {}".format(args.clusters, args.label, **about))
         log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data))
         common.views_picture(data, strong, f"{args.out}/views.png")
         common.save(state, 0, args)

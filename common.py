@@ -173,9 +173,8 @@ def total(x):
 def ddp(model, args, unused=False):
     """Wrap a network for training: SyncBatchNorm where asked for, torch.compile, DDP.
 
-    DDP here does not broadcast buffers: BatchNorm in training mode does not read its running
-    statistics, and `features` and `save` take those of rank 0. `unused`: some parameters get no
-    gradient in some steps (their .grad stays None).
+    BatchNorm's running statistics are those of rank 0. `unused`: some parameters get no gradient
+    in some steps (their .grad stays None).
     """
     device = next(model.parameters()).device
     if args.sync_bn and world() > 1 and device.type == "cuda":
@@ -185,7 +184,7 @@ def ddp(model, args, unused=False):
         return network
     return nn.parallel.DistributedDataParallel(
         network, device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False, find_unused_parameters=unused)
+        find_unused_parameters=unused)
 
 
 _signal = dict(asked=False, agreed=False)
@@ -748,7 +747,7 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
     if n < 1 or renders < 1:
         raise ValueError(f"shapes: n and renders must be at least 1, got {n} and {renders}")
     g = torch.Generator().manual_seed(seed)
-    real = torch.float64  # in float32, a few pixels would depend on the number of threads
+    real = torch.float64  # float32: a few pixels differ between kinds of processor
     outlines = UNSEEN if unseen else SEEN
     N, P = -(-n // renders), len(PATTERNS)  # objects, patterns
 
@@ -796,7 +795,7 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
     for rows in torch.arange(n).split(max(1, 2**19 // size**2)):  # bounds the memory
         B, o, c = len(rows), keep[rows], {name: ids[rows] for name, ids in columns.items()}
 
-        def vary(low, high):  # a number for each image
+        def vary(low, high, B=B):  # a number for each image
             return uniform(low, high, B, 1, 1)
 
         radius = radii[c["size"]].view(B, 1, 1) * vary(0.92, 1.08)
@@ -821,7 +820,6 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
         image += 0.04 * torch.randn(image.shape, generator=g, dtype=real)
         images[rows] = (255 * image).round().clamp(0, 255).to(torch.uint8)
     return images, columns, classes, captions
-
 
 
 # ---------------------------------------------------------------------------------- 3 augmentation
@@ -1379,7 +1377,7 @@ class Log:
             means = {name: total / self.count for name, total in self.sums.items()}
             self.write(step=done, epoch=done / self.steps_per_epoch, **means,
                        images_per_s=round(speed, 1), memory_mb=memory_mb(),
-                       seconds=round(now - self.began, 1))
+                       seconds=round(now - self.began, 1), cpu_seconds=round(time.process_time()))
             self.sums, self.count, self.since, self.clock = {}, 0, done, now
 
     @contextlib.contextmanager

@@ -66,7 +66,7 @@ RECIPES = {
         weight_decay=1e-4, schedule="cosine-epoch",  # the last epoch has exactly lr * 1e-3
         crop=[0.4, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray=0.2, blur=0.0),
     "clinfonce-dual": dict(  # linear_eval.py of the dual-head repository: 0.2 * 4096 / 256 = 3.2
-        LINEAR, epochs=80, batch_size=4096, lr=None, lr_256=0.2, nesterov=True, schedule="cosine",
+        LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine",
         init_std=0.01),
     "cifar": dict(  # RINCE, CIFAR-100; the scale of its crop is that of its training
         LINEAR, crop=[0.2, 1.0], epochs=100, batch_size=512, lr=5.0, schedule="steps",
@@ -75,7 +75,7 @@ RECIPES = {
         LINEAR, epochs=100, batch_size=256, lr=30.0, schedule="steps", milestones=[60, 80],
         gamma=0.1, init_std=0.01),
     "wcl": dict(  # 0.2 * B / 256, at batch 4096: 1.6 (1 + cos(pi t / T))
-        LINEAR, epochs=80, batch_size=4096, lr=None, lr_256=0.2, nesterov=True, schedule="cosine",
+        LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine",
         init_std=0.01),
     "semi-1": dict(SEMI, fraction=0.01, lr=5.0, lr_backbone=0.02),
     "semi-10": dict(SEMI, fraction=0.1, lr=0.2, lr_backbone=0.01),
@@ -412,7 +412,7 @@ def results_file(args):
 def table(results, name=""):
     """Lines for the terminal: one for every dict of numbers, under the names that lead to it."""
     numbers = [f"{k} {v:.4g}" for k, v in results.items() if isinstance(v, (int, float))]
-    lines = [f"  {name:20} {'   '.join(numbers)}"] if numbers else []
+    lines = [f"  {name:26} {'   '.join(numbers)}"] if numbers else []
     for key, value in results.items():
         lines += table(value, f"{name} {key}".strip()) if isinstance(value, dict) else []
     return lines
@@ -509,23 +509,21 @@ def evaluate(args, checkpoint):
           f"{len(data.train)} training and {len(data.test)} test images")
     print("\n".join(table(results)))
     common.replace(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
-    print(f"  {'results':20} {path}")
+    print(f"  {'results':26} {path}")
     if args.picture is not None:
         image = Path(args.picture) if args.picture else path.with_suffix(".png")
         picture(image, args, data, h, names)
-        print(f"  {'picture':20} {image}")
+        print(f"  {'picture':26} {image}")
 
 
 def check(args):
-    """BadInput for flags that cannot work; the rate that depends on the batch."""
+    """BadInput for flags that cannot work."""
     if args.fraction is not None and not 0 < args.fraction <= 1:
         raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
     if args.dataset not in common.SOURCES:
         raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
     if args.optimizer != "sgd":
         raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
-    if args.lr is None:
-        args.lr = args.lr_256 * args.batch_size / 256
 
 
 class Parser(common.Parser):
@@ -550,7 +548,10 @@ class Parser(common.Parser):
             self.set_defaults(**{k: old[k] for k in keep})
         if given.checkpoint == "none":  # else the weights tell
             self.set_defaults(arch="resnet-tiny", stem="imagenet")
+        self.set_defaults(lr=1.0)  # given.lr is None where --lr is not written
         args = super().parse_args(argv)
+        if given.lr is None and args.lr_256:
+            args.lr = args.lr_256 * args.batch_size / 256
         args.dataset, args.out = args.dataset or "shapes", given.out
         return args
 
@@ -572,13 +573,13 @@ def main(argv=None):
     add("--lrs", type=float, nargs="+", default=[1.0], help="fast: learning rates of the grid")
     add("--weight-decays", type=float, nargs="+", default=[0.0], help="fast: those of the grid")
     add("--lr-backbone", type=float, default=0.01, help="finetune; --lr is that of the new layer")
-    add("--lr-256", type=float, default=0.2, help="recipes without --lr: rate per 256 images")
+    add("--lr-256", type=float, help="rate per 256 images of the batch, where --lr is not given")
     add("--schedule", default="cosine", choices=["cosine", "cosine-epoch", "steps"],
         help="per iteration to 0, per epoch to 0.001 lr, or --gamma at --milestones")
     add("--milestones", type=int, nargs="+", default=[], help="epochs after which the rate drops")
     add("--gamma", type=float, default=0.1, help="factor of a drop")
     add("--init-std", type=float, default=0.0, help="of the new layer's weights (0: torch's init)")
-    parser.set_defaults(recipe=None, dataset=None, arch=None, stem=None, protocol=None)
+    parser.set_defaults(recipe=None, lr=None, dataset=None, arch=None, stem=None, protocol=None)
     common.run(lambda args: evaluate(args, parser.checkpoint), parser, argv)
 
 

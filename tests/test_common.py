@@ -279,7 +279,7 @@ def test_mixed_precision_and_layout_from_the_flags(monkeypatch):
             assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
         assert not common.scaler(args, cpu).is_enabled()
     assert common.scaler(flags("--amp", "fp16", monkeypatch=monkeypatch), cpu).is_enabled()
-    assert common.layout(args) == torch.contiguous_format
+    assert common.layout(SimpleNamespace(channels_last=False)) == torch.contiguous_format
     args = flags("--channels-last", monkeypatch=monkeypatch)
     assert common.layout(args) == torch.channels_last
 

@@ -66,7 +66,8 @@ def log_of(folder):
     for name in ("command", "processes"):
         lines[0].pop(name)
     lines[0]["args"].pop("out")
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "memory_mb", "seconds")}
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "memory_mb", "seconds",
+                                                     "cpu_seconds")}
             for line in lines]
 
 
@@ -89,7 +90,7 @@ def start(argv, script=("clinfonce.py",)):
     process = subprocess.Popen(
         [sys.executable, *script, *argv], cwd=CODE, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=dict(os.environ, OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="1"))
+        env=dict(os.environ, OMP_NUM_THREADS="1"))
     started.append(process)
     return process
 
@@ -210,7 +211,6 @@ def run(tmp_path, shapes_once, monkeypatch):
     """
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     real = common.finite
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # the threads of faiss
 
     def run(name, argv, stop=None):
         def finite(loss, step):
@@ -251,13 +251,15 @@ def test_variants_stop_and_go_on_exactly(run, name, tmp_path, capsys):
     whole = run("whole", argv)
     assert "kNN top-1    untrained" in capsys.readouterr().out
     half = run("stopped", argv, stop=5)  # in the middle of epoch 2
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().out.endswith(
         f"stopped by SIGTERM and saved to {tmp_path}/stopped; the same command goes on\n")
     assert (half["step"], whole["step"]) == (6, 8)
     assert len(differences(whole, half)) > 20
     assert differences(whole, run("stopped", argv)) == []
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "stopped")
     assert logged_steps(tmp_path / "stopped") == list(range(1, 9))
+
+    assert torch.get_num_threads() == 1  # K-means does not take more: faiss could set torch's
 
     # what the flags say is in the checkpoint
     state, ids = whole["state"], whole["state"]["clusters"]["ids"]
@@ -364,7 +366,7 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(jobs):
     asked, last = jobs.asked.result()
     folder = jobs.folder
     assert (asked.status, last.status) == (0, 0)
-    assert asked.out == (
+    assert asked.out.endswith(
         f"stopped by SIGTERM and saved to {folder}/asked; the same command goes on\n")
     step = checkpoint(folder / "asked-copy")["step"]
     assert 20 <= step < STEPS and logged_steps(folder / "asked-copy") == list(range(1, step + 1))
@@ -375,10 +377,12 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(jobs):
 
 def test_torchrun_brings_back_a_killed_process(jobs):
     run, folder = jobs.restarted.result(), jobs.folder / "restarted"
-    assert run.status == 0 and len(run.workers) == 2
+    assert run.status == 0, run.err
+    assert len(run.workers) == 2
     assert logged_steps(folder) == list(range(1, STEPS + 1))  # every step once
-    lines = run.out.splitlines()  # one summary, by rank 0
-    assert lines[0] == "Cl-InfoNCE, clusters kmeans, shapes"
+    title = "Cl-InfoNCE, clusters kmeans, shapes\n"
+    assert run.out.count(title) == 1  # one summary, by rank 0
+    lines = run.out[run.out.index(title):].splitlines()
     knn = [line["knn_top1"] for line in log_of(folder) if "knn_top1" in line]
     assert len(knn) == 2
     assert lines[1:] == [
@@ -394,7 +398,8 @@ def test_torchrun_brings_back_a_killed_process(jobs):
 
 def test_two_agents_make_one_run(jobs):
     agents, restarted = jobs.two_agents.result(), jobs.restarted.result()
-    assert [a.status for a in agents] == [0, 0] and restarted.status == 0
+    assert [a.status for a in agents] == [0, 0], agents
+    assert restarted.status == 0
     assert sorted(a.out.count("kNN top-1") for a in agents) == [0, 1]
     folder = jobs.folder / "agents"
     assert sorted(p.name for p in folder.iterdir()) == [

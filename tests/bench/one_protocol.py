@@ -26,7 +26,7 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
     "c100": dict(
         untrained="--dataset cifar100 --limit-train 10000",
         evaluation="--retrieval-labels coarse",
-        columns={"kNN": "knn.top1", "linear": "linear.top1", "R@1 coarse": "retrieval.coarse.R@1"},
+        columns={"kNN": "knn.top1", "linear": "probe.top1", "R@1 coarse": "retrieval.coarse.R@1"},
         rows=[("untrained", "none", None),
               ("InfoNCE (instance)", "none", f"{C100} instance"),
               ("Cl-InfoNCE, K-means", "none", f"{C100} kmeans"),
@@ -36,12 +36,12 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
         untrained="--dataset npz --train-file fashion_attributes_96.npz --image-size 64 "
                   "--label articleType",
         evaluation="--min-per-class 20",
-        columns={"kNN": "knn.top1", "linear": "linear.top1", "R@1": "retrieval.articleType.R@1"},
+        columns={"kNN": "knn.top1", "linear": "probe.top1", "R@1": "retrieval.articleType.R@1"},
         rows=[("untrained", "none", None),
               ("InfoNCE (instance)", "none", f"{FASHION} instance"),
               ("Cl-InfoNCE, 2 attributes", "baseColour, subCategory", f"{FASHION} attributes:2"),
-              ("Cl-InfoNCE, 3 of 5 attributes", "baseColour, year, usage or so",
-               f"{FASHION} attributes:3 --attributes {NO_CATEGORY}")]),
+              ("Cl-InfoNCE, 5 attributes", "gender, baseColour, season, year, usage",
+               f"{FASHION} attributes:5 --attributes {NO_CATEGORY}")]),
 }
 
 
@@ -97,11 +97,11 @@ def main():
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     spec = SETS[args.set]
-    jobs = [(row, seed) for seed in args.seeds for row in spec["rows"]]
+    jobs = [(row, seed) for row in spec["rows"] for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         records = list(pool.map(lambda job: work(args, *job), jobs))
 
-    lines = [["row", "labels seen", *spec["columns"], "seconds"]]
+    lines = [["row", "labels seen", *spec["columns"], "CPU seconds"]]
     for row in spec["rows"]:
         mine = [r for (other, _), r in zip(jobs, records, strict=True) if other is row]
         cells = []
@@ -110,7 +110,8 @@ def main():
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
         logs = sorted((ROOT / "results" / args.set).glob(f"{slug(row)}-[0-9]*.jsonl"))
-        seconds = [json.loads(log.read_text().splitlines()[-2])["seconds"] for log in logs]
+        seconds = [json.loads(log.read_text().splitlines()[-2])["cpu_seconds"]
+                   for log in logs]
         cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "0")
         lines.append([row[0], row[1], *cells])
     with open(ROOT / "results" / f"{args.set}.csv", "w", newline="") as file:
