@@ -416,9 +416,10 @@ def train(args):
         log.write(step=0, clusters=args.clusters, **about)
         common.say("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, I(Z;T) = "
                    "{I_Z_T:.4f} bits, T = {}".format(args.clusters, args.label, **about))
-        log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data))
-        common.views_picture(data, strong, f"{args.out}/views.png")
-        common.save(state, 0, args)
+        with log.pause():
+            log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data))
+            common.views_picture(data, strong, f"{args.out}/views.png")
+            common.save(state, 0, args)
 
     for batch in data.batches(first_step, steps, spec, views=1 if args.loss == "ce" else 2):
         step, epoch = batch.step, batch.step // data.steps_per_epoch + 1

@@ -1321,7 +1321,8 @@ class Log:
         self.args, self.path = args, Path(args.out) / "log.jsonl"
         self.steps_per_epoch = data.steps_per_epoch
         self.lines, self.count, self.sums = 0, 0, {}
-        self.total, self.bar, self.clock = args.epochs * data.steps_per_epoch, None, None
+        self.total, self.bar = args.epochs * data.steps_per_epoch, None
+        self.began = self.clock = time.time()
         sizes = {name: len(t) for name, t in (("train", data.train), ("test", data.test))}
         self.header = dict(
             command=" ".join([args.method + ".py", *args.argv]), args=plain(args),
@@ -1356,10 +1357,9 @@ class Log:
 
     def __call__(self, step, **values):
         """Take the values of a step; every --log-every steps and epoch, write their means."""
-        if self.clock is None:
+        if self.bar is None:
             from tqdm import tqdm
 
-            self.clock = self.began = time.time()
             self.bar = tqdm(total=self.total, initial=step, disable=rank() > 0, unit="step",
                             mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
             _bars.append(self.bar)
@@ -1385,8 +1385,7 @@ class Log:
         """Leave what happens inside (evaluation, clustering) out of images/s."""
         begin = time.time()
         yield
-        if self.clock is not None:
-            self.clock += time.time() - begin
+        self.clock += time.time() - begin
 
     def records(self):
         """All lines but the first, as dicts."""

@@ -295,7 +295,7 @@ def a_state(value):
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    args = flags("--out", str(tmp_path / "run"), monkeypatch=monkeypatch)
+    args = flags("--out", str(tmp_path / "run"), "--clusters", "colour", monkeypatch=monkeypatch)
     path = tmp_path / "run" / "checkpoint.pt"
     common.save(a_state(1.0), 5, args)
     before = path.read_bytes()
@@ -326,7 +326,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     found = common.read_checkpoint(path)
     assert (found["format"], found["method"], found["step"]) == (1, "clinfonce", 6)
     assert found["state"]["model"]["weight"].item() == 2.0
-    assert found["args"] == common.plain(args) and found["args"]["clusters"] == "coarse"
+    assert found["args"] == common.plain(args) and found["args"]["clusters"] == "colour"
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
 
 
@@ -437,8 +437,8 @@ def test_recipes_have_known_flags_and_parse(name, monkeypatch):
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
             assert isinstance(value, bool)
             continue
-        values = value if isinstance(action.nargs, int) else [value]
-        assert len(values) == (action.nargs or 1)
+        values = value if action.nargs else [value]
+        assert action.nargs == "+" or len(values) == (action.nargs or 1)
         assert [(action.type or str)(str(v)) for v in values] == values
         assert action.choices is None or value in action.choices
     args = parser.parse_args(["--recipe", name])

@@ -85,12 +85,12 @@ def logged_steps(folder):
 started = []
 
 
-def start(argv, script=("clinfonce.py",)):
+def start(argv, script=("clinfonce.py",), **variables):
     """Start a script as its own session, so that its children can be ended with it."""
     process = subprocess.Popen(
         [sys.executable, *script, *argv], cwd=CODE, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=dict(os.environ, OMP_NUM_THREADS="1"))
+        env=dict(os.environ, OMP_NUM_THREADS="1", **variables))
     started.append(process)
     return process
 
@@ -154,7 +154,10 @@ def children(pid):
 def job_restarted(folder):
     """Two processes of torchrun; one is killed in epoch 2, and torchrun starts both again."""
     argv = [*KMEANS, "--out", folder / "restarted"]
-    process = start(argv, torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1"))
+    # the variable: torchrun's agent would keep one store for both attempts, and a new process may
+    # read the address of one that ended (pytorch issues 135712, 167288)
+    process = start(argv, torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1"),
+                    TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for_step(process, folder / "restarted", 16 + random.Random(2).randrange(2, 10))
     workers = children(process.pid)
     os.kill(workers[-1], signal.SIGKILL)
@@ -192,7 +195,7 @@ def jobs(tmp_path_factory):
         for process in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                process.wait()
 
 
 @pytest.fixture(autouse=True, scope="module")
