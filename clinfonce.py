@@ -49,9 +49,8 @@ ATTRIBUTES = dict(  # [K] card section 4: no released script for CUB, UT-Zappos,
     PAPER, dataset="csv", arch="resnet50", clusters="10", tau=0.1, epochs=1000, batch_size=128,
     lr=0.1)
 RECIPES = {
-    "demo": dict(  # three of five attributes, 48 clusters; evaluated on 24 classes
-        SMALL, clusters="attributes:3", attributes=["coarse", "pattern", "size"], epochs=20,
-        crop=[0.5, 1.0]),
+    "demo": dict(  # three attributes, 48 clusters; evaluated on the 24 classes shape x pattern
+        SMALL, clusters="coarse+pattern+size", epochs=20, crop=[0.5, 1.0]),
     "c100-small": dict(  # the protocol that all methods share on a CPU
         SMALL, dataset="cifar100", limit_train=10000, epochs=15,
         crop=[0.08, 1.0],                           # SimCLR B.9: crop, flip, jitter 0.5, no blur
@@ -107,8 +106,8 @@ def cl_infonce(z, ids=None, mask=None, keys=None, key_ids=None, first=0, tau=0.1
         mode: "all" views are anchors, or "one": view 0 only.
         reduction: "mean", or "none": (V, b), 0 where an anchor has no positive.
 
-    Returns: scalar, the mean over the anchors that have a positive (with two views and ids: all).
-        Its mean over ranks is the loss of one process over the global batch.
+    Returns: scalar, the mean over the anchors that have a positive. With two views and ids all
+        have one, and then the mean over ranks is the loss of one process over the global batch.
     Raises: ValueError for a wrong shape or argument.
     """
     if z.ndim < 3:
@@ -226,15 +225,17 @@ def kmeans(x, k, seed=0):
     """
     import faiss
 
+    threads, x = torch.get_num_threads(), x.numpy()
     faiss.omp_set_num_threads(os.cpu_count() or 1)  # the same for any number of ranks
-    x = x.numpy()
     clustering = faiss.Clustering(x.shape[1], k)
     clustering.niter, clustering.nredo, clustering.seed = 20, 5, seed
     clustering.max_points_per_centroid, clustering.min_points_per_centroid = 1000, 10
     index = faiss.IndexFlatL2(x.shape[1])
     clustering.train(x, index)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(k, -1)
-    return torch.from_numpy(index.search(x, 1)[1][:, 0]), torch.from_numpy(centroids.copy())
+    ids = index.search(x, 1)[1][:, 0]
+    torch.set_num_threads(threads)  # faiss and torch may share one OpenMP: resuming needs the same
+    return torch.from_numpy(ids), torch.from_numpy(centroids.copy())
 
 
 def kmeans_torch(x, k, seed=0, share=slice(None), total=lambda t: t):
@@ -308,7 +309,11 @@ def auxiliary_ids(table, args):
     elif name.startswith("level_"):
         ids = _hierarchy_ids(table, args, name)
     else:
-        ids = table.column(name)
+        ids, *others = (table.column(c) for c in name.split("+"))
+        if others:  # one id for each tuple of values
+            columns = torch.stack([ids, *others], 1)  # (N, A)
+            ids = torch.unique(columns, dim=0, return_inverse=True)[1]
+            ids = ids.where(columns.min(1).values >= 0, torch.tensor(-1))
     if args.loss == "ce" or name not in ("instance", "kmeans", "-1"):
         if (ids < 0).any():
             raise common.BadInput(f"--clusters {args.clusters}: row {int(table.index[ids < 0][0])} "
@@ -502,8 +507,9 @@ def main(argv=None):
     add = parser.add_argument_group("Cl-InfoNCE").add_argument
     add("--loss", default="cl-infonce", choices=["cl-infonce", "ce"],
         help="ce: the baseline that predicts the cluster id with cross-entropy from one view")
-    add("--clusters", default="instance", help="Z: instance (InfoNCE), label (SupCon), kmeans, a "
-        "column, a CSV level (10, level_12), level_L with --hierarchy, or attributes:K")
+    add("--clusters", default="instance", help="Z: instance (InfoNCE), label (SupCon), kmeans, "
+        "a column or several (a+b), attributes:K, a CSV level (10, level_12), level_L with "
+        "--hierarchy")
     add("--attributes", nargs="+", help="columns that attributes:K may use (default: all but the "
         "label, columns of unique ids and CSV levels)")
     add("--hierarchy", help="JSON tree of class names (LabelName, Level, Subcategory) for level_L")

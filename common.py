@@ -1657,12 +1657,12 @@ def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
     """Class scores of the weighted kNN: score_c = sum over the k nearest of class c exp(sim / t).
 
     Args: query (Q, D), bank (N, D), unit-norm rows; bank_labels (N,) int64 in 0..classes-1.
-    Returns: (Q, classes) float32. k is capped at N. Weights are relative to the nearest row's,
-    which changes no order.
+    Returns: (Q, classes), dtype of query. k is capped at N. Weights are relative to the nearest
+    row's, which changes no order.
     """
     sims, rows = top_k(query, bank, min(k, len(bank)))
     weights = ((sims - sims[:, :1]) / t).exp()
-    scores = torch.zeros(len(query), classes, device=query.device)
+    scores = sims.new_zeros(len(query), classes)
     return scores.scatter_add_(1, bank_labels.to(rows.device)[rows], weights)
 
 

@@ -59,8 +59,8 @@ SEMI = dict(  # SwAV's eval_semisup.py; what WCL used is not known
     gamma=0.2, protocol="SwAV-style")
 RECIPES = {
     "fast": dict(  # chosen for this project
-        mode="fast", epochs=30, batch_size=256, momentum=0.9, lrs=[1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
-        weight_decays=[0.0, 1e-5, 1e-4, 1e-3]),
+        mode="fast", epochs=30, batch_size=256, momentum=0.9,
+        lrs=[1.0, 3.0, 10.0, 30.0, 100.0, 300.0], weight_decays=[0.0, 1e-5, 1e-4, 1e-3]),
     "clinfonce": dict(  # main_linear.py, run_eval.sh; the training augmentation, jitter included
         mode="linear", epochs=100, batch_size=128, lr=0.3, momentum=0.95, nesterov=True,
         weight_decay=1e-4, schedule="cosine-epoch",  # the last epoch has exactly lr * 1e-3

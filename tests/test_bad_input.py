@@ -496,7 +496,7 @@ def test_finished_run_started_again(run, capsys, shapes_once):
 def test_other_flags_in_the_same_folder(refused, run):
     refused([*SHAPES, "--arch", "resnet18"], run, "--arch resnet-tiny -> resnet18", "another --out")
     line = refused([*SHAPES, "--lr", "0.25", "--epochs", "3", "--clusters", "label"],
-                   "--clusters coarse -> label", "--epochs 1 -> 3", "--lr 0.5 -> 0.25")
+                   "--clusters coarse+pattern+size -> label", "--epochs 1 -> 3", "--lr 0.5 -> 0.25")
     assert "--tau" not in line and "--workers" not in line
 
 
