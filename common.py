@@ -696,10 +696,7 @@ def _collate(items):
     return broken[0] if broken else torch.from_numpy(np.stack(items))
 
 
-# ---------------------------------------------------------------------------------------------
-# The built-in data set: rendered shapes (synthetic; say so beside every figure made with it)
-# ---------------------------------------------------------------------------------------------
-
+# The built-in data set: rendered shapes (synthetic; say so beside every figure made with it).
 # A shape is a function of its own coordinates, x to the right and y up, its outline within radius
 # 1 or little more: the distance to the outline (nearly), positive inside.
 SEEN = {
@@ -824,24 +821,25 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
 
 # ---------------------------------------------------------------------------------- 3 augmentation
 
-
-# ------------------------------------------------------------------------------------------------
-# Augmentation
-# ------------------------------------------------------------------------------------------------
 # `draw` makes every random number of one view of the global batch on the CPU; `transform` applies
 # a rank's rows of them on the device. Letters: n images, H x W input, S output size, P = S * S.
 
-NO_AUGMENTATION = {  # a spec that only resizes; recipes write dict(NO_AUGMENTATION, flip=0.5, ...)
-    "size": 32,  # S
-    "crop": None,  # (lo, hi) share of the area, None for the whole image
-    "ratio": (3 / 4, 4 / 3),  # (lo, hi) aspect ratio of a crop
-    "jitter": (0.0, 0.0, 0.0, 0.0),  # strength of brightness, contrast, saturation, hue
-    "sigma": (0.1, 2.0),  # (lo, hi) of the blur, in output pixels
-    "mean": (0.0, 0.0, 0.0),
-    "std": (1.0, 1.0, 1.0),
-    # Probabilities. Solarize has its threshold at 0.5 of [0, 1]; erase sets one rectangle to 0.
-    **dict.fromkeys(("flip", "jitter_p", "gray", "blur", "solarize", "erase"), 0.0),
-}
+
+def augmentation(args, **changes):
+    """The `spec` of `draw` and `transform` from the flags; `changes` override single entries.
+
+    size S; crop (lo, hi) share of the area, or None for the whole image; ratio (lo, hi) of its
+    sides; jitter, strengths of brightness, contrast, saturation, hue; sigma (lo, hi) of the blur
+    in output pixels; mean and std; and the probabilities flip, jitter_p, gray, blur, solarize (at
+    0.5 of [0, 1]) and erase (one rectangle set to 0).
+    """
+    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
+    spec = dict(
+        size=args.image_size, crop=tuple(args.crop), ratio=(3 / 4, 4 / 3), flip=0.5,
+        jitter=tuple(args.jitter), jitter_p=args.jitter_p, gray=args.gray, blur=args.blur,
+        sigma=(0.1, 2.0), solarize=args.solarize, erase=args.erase,
+        mean=tuple(args.mean or mean), std=tuple(args.std or std))
+    return {**spec, **changes}
 
 
 def _sides(u, area, scale, ratio):
@@ -1091,17 +1089,6 @@ def transform(x, params, spec, cropped=False):
     finally:
         torch.set_float32_matmul_precision(precision)
     return out
-
-
-def augmentation(args, **changes):
-    """The `spec` of `draw` and `transform` from the flags; `changes` override single entries."""
-    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
-    spec = dict(
-        size=args.image_size, crop=tuple(args.crop), ratio=(3 / 4, 4 / 3), flip=0.5,
-        jitter=tuple(args.jitter), jitter_p=args.jitter_p, gray=args.gray, blur=args.blur,
-        sigma=(0.1, 2.0), solarize=args.solarize, erase=args.erase,
-        mean=tuple(args.mean or mean), std=tuple(args.std or std))
-    return {**spec, **changes}
 
 
 def augment(batch):
@@ -1829,6 +1816,7 @@ def main(argv=None):
     """`python common.py --dataset NAME --picture FILE`: look at a data set and its views."""
     parser = Parser("common", "Save a sheet of images beside their augmented views.", {"demo": {}})
     parser.add_argument("--picture", required=True, help="PNG file to write")
+    parser.set_defaults(batch_size=8)  # rows of the sheet
 
     def picture(args):
         data = load(args, setup(args))

@@ -36,8 +36,13 @@ def images(n, height=32, width=32, seed=0):
     return x.clamp(0, 255).round().to(torch.uint8)
 
 
+NOTHING = dict(
+    crop=None, ratio=(3 / 4, 4 / 3), flip=0.0, jitter=(0.0, 0.0, 0.0, 0.0), jitter_p=0.0, gray=0.0,
+    blur=0.0, sigma=(0.1, 2.0), solarize=0.0, erase=0.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
 def make(size=32, **changes):
-    return dict(common.NO_AUGMENTATION, size=size, **changes)
+    return dict(NOTHING, size=size) | changes
 
 
 def generator(seed=0):

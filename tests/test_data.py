@@ -382,7 +382,10 @@ def numbered(tmp_path):
 
 
 KINDS = [("memory", 0), ("files", 0), ("files", 2)]
-PLAIN = common.NO_AUGMENTATION
+PLAIN = dict(  # no augmentation
+    size=32, crop=None, ratio=(3 / 4, 4 / 3), flip=0.0, jitter=(0.0, 0.0, 0.0, 0.0), jitter_p=0.0,
+    gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, erase=0.0, mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(("kind", "workers"), KINDS)

@@ -69,7 +69,6 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     spec = dict(
-        common.NO_AUGMENTATION,
         size=args.size,
         crop=(0.2, 1.0),
         flip=0.5,
@@ -77,6 +76,10 @@ def main():
         jitter_p=0.8,
         gray=0.2,
         blur=args.blur,
+        sigma=(0.1, 2.0),
+        ratio=(3 / 4, 4 / 3),
+        solarize=0.0,
+        erase=0.0,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     )
