@@ -319,7 +319,10 @@ def _stl10(args):
 
 def _torchvision(source, args, **which):
     if args.download and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        source(args.data_dir, download=True, **which)
+        try:
+            source(args.data_dir, download=True, **which)
+        except (OSError, RuntimeError) as error:
+            raise RunFailed(f"--download into {args.data_dir}: {error}", alone=True) from None
     if args.download and world() > 1:
         dist.barrier()
     try:
@@ -565,7 +568,7 @@ class Data:
         self.steps_per_epoch = len(train) // args.batch_size  # the incomplete last batch is dropped
         if not self.steps_per_epoch:
             raise BadInput(f"--batch-size {args.batch_size} is larger than the training set of "
-                           f"{len(train)} images")
+                           f"{len(train)} images; use a smaller --batch-size")
 
     def end_of_epoch(self, step, every=1):
         """Whether step (from 0) ends an epoch whose number is a multiple of `every`, or the run."""
@@ -631,8 +634,8 @@ class Data:
     def still_batches(self, table, rows, size, squash, batch=256):
         """Images of `rows` for evaluation: uint8-valued float (n, 3, S, S) on the device.
 
-        Resize the short side to the next power of two of S, then the central S x S (card of
-        Cl-InfoNCE, section 4); `squash`: resize to S x S without a crop (its dual form).
+        Resize the short side to the next power of two of S, then the central S x S, as the authors
+        of Cl-InfoNCE do; `squash`: resize to S x S without a crop (their dual form).
         """
         if table.images is None:
             tasks = [[(row, size, squash) for row in part.tolist()] for part in rows.split(batch)]
@@ -1131,7 +1134,7 @@ def resnet(arch, stem="imagenet"):
     """Backbone: (n, 3, S, S) images to (n, width) pooled features, not normalised.
 
     stem "imagenet": torchvision's (7x7 stride 2, max-pool); "cifar": 3x3 stride 1, no max-pool.
-    Convolutions Kaiming normal fan-out, BatchNorm 1 / 0 (torchvision's defaults, card 3.1).
+    Convolutions Kaiming normal fan-out, BatchNorm 1 / 0 (torchvision's defaults).
     Parameter names are torchvision's without `fc`, so the weights load there.
     """
     if arch == "resnet-tiny":
@@ -1512,8 +1515,9 @@ def summary(log, args, title, first_step):
         lines += [f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
                   f"(column {args.label}, K = {args.knn_k}, T = {args.knn_t})"]
     lines += [f"  checkpoint   {folder / 'checkpoint.pt'}", f"  log          {log.path}",
-              f"  pictures     {', '.join(str(folder / p) for p in pictures) or 'none'}",
-              f"  next         {next_command}"]
+              f"  pictures     {', '.join(str(folder / p) for p in pictures) or 'none'}"]
+    if knn:  # which needs labels, as the evaluation does
+        lines += [f"  next         {next_command}"]
     if first_step == log.total:
         lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
     if stopping():
@@ -1653,7 +1657,17 @@ def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
     return scores.scatter_add_(1, bank_labels.to(rows.device)[rows], weights)
 
 
-def knn_accuracy(module, data, pick=None):
+def knn_top1(query, y_query, bank, y_bank, args):
+    """Percent of the queries that the weighted kNN gets right; the ranks share the queries.
+
+    Args: query (Q, D) and bank (N, D), unit-norm; y_query (Q,), y_bank (N,) int64 from 0.
+    """
+    own, classes = slice(rank(), None, world()), int(max(y_bank.max(), y_query.max())) + 1
+    scores = knn_scores(query[own], bank, y_bank, classes, args.knn_k, args.knn_t)
+    return 100 * total((scores.argmax(1) == y_query[own]).sum()).item() / len(query)
+
+
+def knn_accuracy(module, data):
     """Top-1 of the weighted kNN of the test rows in the training rows, percent.
 
     Features are L2-normalised; unlabelled rows (-1) are in neither set. None with one class only.
@@ -1662,17 +1676,12 @@ def knn_accuracy(module, data, pick=None):
     y_bank, y_query = (t.column(args.label).to(data.device) for t in (data.train, data.test))
     if y_bank[y_bank >= 0].unique().numel() < 2 or not (y_query >= 0).any():
         return None
-    bank, query = (features(module, data, t, pick=pick, unit=True)
-                   for t in (data.train, data.test))
+    bank, query = (features(module, data, t, unit=True) for t in (data.train, data.test))
     if (known := y_bank >= 0).logical_not().any():  # no copy of a large bank where all are known
         bank, y_bank = bank[known.to(bank.device)], y_bank[known]
     known = y_query >= 0
     query, y_query = query.float().to(data.device)[known], y_query[known]
-    own = slice(rank(), None, world())  # the ranks share the queries
-    classes = int(max(y_bank.max(), y_query.max())) + 1
-    scores = knn_scores(query[own], bank, y_bank, classes, args.knn_k, args.knn_t)
-    right = total((scores.argmax(1) == y_query[own]).sum())
-    return 100 * right.item() / len(query)
+    return knn_top1(query, y_query, bank, y_bank, args)
 
 
 def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20)):

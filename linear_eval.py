@@ -49,9 +49,9 @@ import common
 
 # ---------------------------------------------------------------------------------- recipes
 
-# Sources: the authors' evaluation scripts (section 7 of the method cards), except `fast`. They keep
-# the incomplete last batch of an epoch, here it is dropped as in training: 312 steps an epoch on
-# ImageNet at batch 4096, not 313. `milestones`: the rate drops AFTER that many epochs.
+# Sources: the authors' evaluation scripts, except `fast`. They keep the incomplete last batch of an
+# epoch, here it is dropped as in training: 312 steps an epoch on ImageNet at batch 4096, not 313.
+# `milestones`: the rate drops AFTER that many epochs.
 LINEAR = dict(mode="linear", momentum=0.9, weight_decay=0.0,
               crop=[0.08, 1.0], jitter_p=0.0, gray=0.0, blur=0.0)  # crop and flip
 SEMI = dict(  # SwAV's eval_semisup.py; what WCL used is not known
@@ -297,9 +297,6 @@ def fast(args, data, h, classes, device):
     """kNN, fast probe and retrieval from the features h of (train, test). Returns: results."""
     y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
     bank, query = (F.normalize(x, dim=1) for x in h)
-    own = slice(common.rank(), None, common.world())  # the ranks share the queries
-    scores = common.knn_scores(query[own], bank, y, classes, args.knn_k, args.knn_t)
-    right = common.total((scores.argmax(1) == y_test[own]).sum())
     retrieval = {}
     for name in dict.fromkeys([args.label, *args.retrieval_labels]):
         ids, wanted = (t.column(name).to(device) for t in (data.train, data.test))
@@ -310,8 +307,8 @@ def fast(args, data, h, classes, device):
             [(choice["lr"], choice["weight_decay"])], args)[:, 0]
     logits = torch.cat([batch(h[1], part, device) @ W
                         for part in torch.arange(len(y_test)).split(2 ** 13)])
-    return dict(knn=dict(top1=100 * right.item() / len(y_test)), probe=top(logits, y_test),
-                choice=choice, retrieval=retrieval)
+    knn = common.knn_top1(query, y_test, bank, y, args)
+    return dict(knn=dict(top1=knn), probe=top(logits, y_test), choice=choice, retrieval=retrieval)
 
 
 # ---------------------------------------------------------------------------------- SGD probe

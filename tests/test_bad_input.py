@@ -568,8 +568,8 @@ def features(*shape, seed=0):
 @pytest.mark.parametrize(("z", "options", "words"), [
     (features(4, 8), {}, r"\[views, rows, D\].*\(4, 8\)"),
     (features(4), {}, r"\[views, rows, D\].*\(4,\)"),
-    (features(2, 4, 8), dict(ids=torch.zeros(3)), "3 .* ids for 4 rows"),
-    (features(2, 4, 8), dict(ids=torch.zeros(4), key_ids=torch.zeros(5)), "5 ids.* 4 keys"),
+    (features(2, 4, 8), dict(ids=torch.zeros(3)), "ids .* for 4 rows"),
+    (features(2, 4, 8), dict(ids=torch.zeros(4), key_ids=torch.zeros(5)), "key_ids .5,. for 4 rows and 4 keys"),
     (features(2, 4, 8), dict(ids=torch.zeros(4), mask=torch.eye(4)), "not both"),
     (features(2, 4, 8), dict(mask=torch.eye(5)), r"\(4, 4\), got \(5, 5\)"),
     (features(2, 4, 8), dict(mode="two"), "'two'"),

@@ -282,7 +282,7 @@ def test_instruction_csv(tmp_path, index):
     assert clusters("3")[0].tolist() == [0, 2, 2, 0]
     assert clusters("level_12")[0].tolist() == [9, 9, 4, 4]
     assert clusters("0")[0].tolist() == clusters("label")[0].tolist() == [2, 1, 0, 2]
-    assert clusters("-1")[0].tolist() == [0, 1, 2, 3]  # not one cluster of all: trap 2 of the card
+    assert clusters("-1")[0].tolist() == [0, 1, 2, 3]  # not one cluster of all, as in the released code
     assert clusters("material")[0].tolist() == [2, 0, 2, 1]
     # H(class) = 1.5; label_gran_3 splits it 2 | 2, and both classes of its second part differ
     about = clusters("3")[1]

@@ -287,7 +287,7 @@ def test_supcon_ranks(case):
 
 @exercises("clinfonce", "step/*")
 def test_step(case):
-    """A trajectory of a toy model under SGD as in util.py; the card gives T and T0."""
+    """A trajectory of a toy model under SGD as in util.py, T 0.1 and T0 0.07."""
     init = case.below("init")
     encoder, hidden, out = (init[f"{name}.weight"] for name in ["encoder", "head.0", "head.2"])
     model = nn.Sequential()
@@ -561,7 +561,7 @@ def test_dual(case):
 
 @exercises("clinfonce", "dual_step_[0-9]*rank")
 def test_dual_step(case):
-    """Steps under DDP and LARS (values of 3.6 and T of the card); gradients are averaged by hand.
+    """Steps under DDP and LARS (the authors' values); gradients are averaged by hand.
 
     The first step has no ids: head2 has no gradient (stored as empty) and stays as it is.
     """
