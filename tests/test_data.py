@@ -5,6 +5,8 @@ so that an image, its row, its labels and its random parameters can be traced to
 """
 import json
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,7 +284,7 @@ def test_instruction_csv(tmp_path, index):
     assert clusters("3")[0].tolist() == [0, 2, 2, 0]
     assert clusters("level_12")[0].tolist() == [9, 9, 4, 4]
     assert clusters("0")[0].tolist() == clusters("label")[0].tolist() == [2, 1, 0, 2]
-    assert clusters("-1")[0].tolist() == [0, 1, 2, 3]  # not one cluster of all, as in the released code
+    assert clusters("-1")[0].tolist() == [0, 1, 2, 3]  # not one cluster of all
     assert clusters("material")[0].tolist() == [2, 0, 2, 1]
     # H(class) = 1.5; label_gran_3 splits it 2 | 2, and both classes of its second part differ
     about = clusters("3")[1]
@@ -604,3 +606,35 @@ def test_picture_of_a_data_set(tmp_path, capsys, shapes_once):
         assert abs(first - images[row].permute(1, 2, 0).numpy()).max() <= 1
         assert all(abs(first - view).mean() > 2 for view in views)
     assert (sheet[:4] == 255).all() and (sheet[:, :4] == 255).all()  # the border is white
+
+
+def test_clusters_from_a_hierarchy_and_from_several_columns(tmp_path):
+    tree = {"LabelName": "thing", "Level": 0, "Subcategory": [
+        {"LabelName": "animal", "Level": 1, "Subcategory": [
+            {"LabelName": "dog", "Level": 2}, {"LabelName": "cat", "Level": 2}]},
+        {"LabelName": "car", "Level": 1}]}
+    table = common.Table(
+        dict(label=torch.tensor([0, 1, 2, 1]), a=torch.tensor([5, 5, 0, 5]),
+             b=torch.tensor([1, 0, 1, 0])),
+        dict(label=["dog", "cat", "car"]), paths=list("wxyz"))
+    args = SimpleNamespace(label="label", attributes=None, loss="cl-infonce", dataset="folder",
+                           hierarchy=str(tmp_path / "tree.json"), clusters="level_1")
+    Path(args.hierarchy).write_text(json.dumps(tree))
+    ids, about = clinfonce.auxiliary_ids(table, args)
+    assert ids.tolist() == [0, 0, 1, 0] and about["K"] == 2  # animal, animal, car, animal
+    args.clusters = "level_2"
+    assert clinfonce.auxiliary_ids(table, args)[0].tolist() == [2, 1, 0, 1]  # sorted names
+    args.clusters = "a+b"  # tuples (0, 1), (5, 0), (5, 1)
+    assert clinfonce.auxiliary_ids(table, args)[0].tolist() == [2, 1, 0, 1]
+    table.columns["b"][0] = -1
+    with pytest.raises(common.BadInput, match="row 0 has id -1"):
+        clinfonce.auxiliary_ids(table, args)
+    args.clusters = "level_1"
+    table.columns["label"][3] = -1  # unlabelled: in no group
+    with pytest.raises(common.BadInput, match="row 3 has id -1"):
+        clinfonce.auxiliary_ids(table, args)
+    for text, words in (("[]", "not a tree"), ("{}", "not a tree"),
+                        (json.dumps(tree).replace('"cat"', '"cow"'), "does not have class cat")):
+        Path(args.hierarchy).write_text(text)
+        with pytest.raises(common.BadInput, match=words):
+            clinfonce.auxiliary_ids(table, args)
