@@ -112,7 +112,7 @@ def main():
         logs = sorted((ROOT / "results" / args.set).glob(f"{slug(row)}-[0-9]*.jsonl"))
         seconds = [json.loads(log.read_text().splitlines()[-2])["cpu_seconds"]
                    for log in logs]
-        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "0")
+        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "-")
         lines.append([row[0], row[1], *cells])
     with open(ROOT / "results" / f"{args.set}.csv", "w", newline="") as file:
         csv.writer(file).writerows(lines)
