@@ -575,19 +575,23 @@ class Data:
         epoch, rest = divmod(step + 1, self.steps_per_epoch)
         return rest == 0 and (epoch % every == 0 or epoch == self.args.epochs)
 
-    def batches(self, first_step, steps, spec, views=2):
+    def batches(self, first_step, steps, spec, views=2, more=()):
         """This rank's part of the batch of each step, prefetched by workers where files are read.
 
-        Args: spec (dict, see `draw`) or a function step -> spec; views V per image.
+        Args: spec (dict, see `draw`) or a function step -> spec; views V per image; more, pairs
+        (spec, views): further views of the same images, of another size or kind.
         Yields: a namespace: step; rows (b,) on the device, row numbers in `train`; first, the
         place of rows[0] in the global batch; images, uint8 (b, 3, H, W), or (V * b, 3, S, S)
-        already cropped; params (V * b, ...) of all views, view-major; spec.
+        already cropped; params (V * b, ...) of all views, view-major; spec; more, a list of such
+        namespaces, one for each pair.
         """
-        plans = (self._plan(s, spec(s) if callable(spec) else spec, views)
+        plans = (self._plan(s, [(spec(s) if callable(spec) else spec, views), *more])
                  for s in range(first_step, steps))
         if self.train.images is not None:
             for batch in plans:
-                batch.images = self.train.images[batch.rows]
+                images = self.train.images[batch.rows]
+                for part in (batch, *batch.more):
+                    part.images = images
                 yield batch
             return
         ahead = collections.deque()
@@ -595,16 +599,19 @@ class Data:
         def tasks():  # a worker gets the row and the crop's random numbers, and draws nothing
             for batch in plans:
                 ahead.append(batch)
-                crops = batch.params["crop"].unflatten(0, (views, -1)).transpose(0, 1).numpy()
-                yield list(zip(batch.rows.tolist(), crops, [batch.spec] * len(crops), strict=True))
+                parts = [(part.params["crop"].unflatten(0, (part.views, -1)), part.spec)
+                         for part in (batch, *batch.more)]
+                yield [(row, [(u[:, i].numpy(), spec) for u, spec in parts])
+                       for i, row in enumerate(batch.rows.tolist())]
 
         for images in self._loader(_Crops(self.train.paths), tasks()):
             batch = ahead.popleft()
             batch.rows = batch.rows.to(self.device, non_blocking=True)
-            batch.images = images.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            for part, x in zip((batch, *batch.more), images, strict=True):
+                part.images = x.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             yield batch
 
-    def _plan(self, step, spec, views):
+    def _plan(self, step, groups):
         seed, B = self.args.seed, self.args.batch_size
         epoch, i = divmod(step, self.steps_per_epoch)
         if getattr(self, "_order", (None,))[0] != epoch:  # one shuffle an epoch, kept
@@ -612,14 +619,20 @@ class Data:
                 len(self.train), generator=generator(seed, epoch, "order")))
         b = B // world()
         own = slice(rank() * b, (rank() + 1) * b)
-        drawn = [draw(spec, B, generator(seed, step, f"view {v}")) for v in range(views)]
         rows = self._order[1][i * B:(i + 1) * B][own]
         if self.train.images is not None:
             rows = rows.to(self.device, non_blocking=True)
-        return SimpleNamespace(
-            step=step, spec=spec, views=views, first=own.start, rows=rows,
-            cropped=self.train.images is None, layout=layout(self.args),
-            params={k: torch.cat([d[k][own] for d in drawn]) for k in drawn[0]})
+        parts, number = [], 0
+        for spec, views in groups:
+            drawn = [draw(spec, B, generator(seed, step, f"view {number + v}"))
+                     for v in range(views)]
+            number += views
+            parts.append(SimpleNamespace(
+                spec=spec, views=views, cropped=self.train.images is None,
+                layout=layout(self.args),
+                params={k: torch.cat([d[k][own] for d in drawn]) for k in drawn[0]}))
+        return SimpleNamespace(step=step, first=own.start, rows=rows, more=parts[1:],
+                               **vars(parts[0]))
 
     def _loader(self, files, tasks):
         workers = self.args.workers
@@ -654,16 +667,21 @@ def _decode(path):
 
 
 class _Crops:
-    """Decode an image once and cut its V crops: uint8 (V, 3, S, S), or the path if it is broken."""
+    """Decode an image once and cut its crops: a list of uint8 (V, 3, S, S), one for each group of
+    views, or the path if it is broken."""
 
     def __init__(self, paths):
         self.paths = paths
 
     def __getitem__(self, task):
-        row, u, spec = task
+        row, groups = task
         image = _decode(self.paths[row])
         if image is None:
             return self.paths[row]
+        return [self.cut(image, u, spec) for u, spec in groups]
+
+    def cut(self, image, u, spec):
+        """The V crops of an image, from their uniforms u (V, 22)."""
         S, (W, H) = spec["size"], image.size
         boxes = torch.tensor([[0, 0, H, W]]).expand(len(u), 4)
         if spec["crop"] is not None:
@@ -696,7 +714,11 @@ class _Stills:
 
 def _collate(items):
     broken = [item for item in items if isinstance(item, str)]
-    return broken[0] if broken else torch.from_numpy(np.stack(items))
+    if broken:
+        return broken[0]
+    if isinstance(items[0], list):
+        return [torch.from_numpy(np.stack(group)) for group in zip(*items)]
+    return torch.from_numpy(np.stack(items))
 
 
 # The built-in data set: rendered shapes (synthetic; say so beside every figure made with it).
@@ -1095,7 +1117,8 @@ def transform(x, params, spec, cropped=False):
 
 
 def augment(batch):
-    """Augmented views of a batch of `Data.batches`: (V, b, 3, S, S) float32, normalised."""
+    """Augmented views of a batch of `Data.batches`, or of one of its `more`: (V, b, 3, S, S)
+    float32, normalised."""
     x = batch.images if batch.cropped else batch.images.repeat(batch.views, 1, 1, 1)
     x = transform(x, batch.params, batch.spec, cropped=batch.cropped)  # (V * b, 3, S, S)
     return x.contiguous(memory_format=batch.layout).unflatten(0, (batch.views, -1))
@@ -1185,6 +1208,59 @@ def head(kind, d_in, d_out):
     if kind.endswith("mlp"):
         return nn.Sequential(nn.Linear(d_in, d_in), nn.ReLU(), last)
     return last
+
+
+@torch.no_grad()
+def momentum_update(key, query, m):
+    """theta_k <- m theta_k + (1 - m) theta_q for parameters; BatchNorm buffers stay the key's own.
+
+    Args: key, query: modules with the same parameters in the same order; m in [0, 1].
+    """
+    theta_k, theta_q = list(key.parameters()), list(query.parameters())
+    torch._foreach_mul_(theta_k, m)
+    torch._foreach_add_(theta_k, theta_q, alpha=1 - m)
+
+
+@torch.no_grad()
+def shuffled_keys(encoder, x, seed, step):
+    """Keys of the global batch, with shuffled BatchNorm (MoCo): on several ranks the key of an
+    image is not normalised with the rows that its query is.
+
+    Args: encoder, (n, ...) to (n, D); x (b, ...) this rank's rows; seed, step: of the shuffle.
+    Returns: (B, D) on every rank, in the order of the global batch. One process shuffles nothing.
+    """
+    if world() == 1:
+        return encoder(x)
+    x, b = gather(x), len(x)
+    order = torch.randperm(len(x), generator=generator(seed, step, "shuffle")).to(x.device)
+    keys = gather(encoder(x[order[rank() * b:(rank() + 1) * b]]))
+    return keys[order.argsort()]
+
+
+class Queue(nn.Module):
+    """The newest K keys as a ring: buffers keys (K, D), labels (K,) int64, ptr. In the checkpoint.
+
+    labels are -1 where a row still is its initial vector. Every rank enqueues the same rows.
+    """
+
+    def __init__(self, keys):
+        super().__init__()
+        self.register_buffer("keys", keys)
+        self.register_buffer("labels", torch.full((len(keys),), -1, device=keys.device))
+        self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=keys.device))
+
+    @torch.no_grad()
+    def enqueue(self, keys, labels=None):
+        """Overwrite the oldest rows by keys (B, D) of all ranks; K need not be a multiple of B.
+
+        labels (B,) int64; without them the rows count as 0. Raises: ValueError if B > K.
+        """
+        if len(keys) > len(self.keys):
+            raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
+        at = (self.ptr + torch.arange(len(keys), device=self.ptr.device)) % len(self.keys)
+        self.keys[at] = keys.to(self.keys.dtype)
+        self.labels[at] = torch.zeros_like(at) if labels is None else labels
+        self.ptr.copy_((self.ptr + len(keys)) % len(self.keys))
 
 
 # ---------------------------------------------------------------------------------- 5 optimisation
@@ -1500,21 +1576,25 @@ def _same_flags(old, args, method):
                        "use another --out, or the same flags to go on")
 
 
-def summary(log, args, title, first_step):
-    """Pictures and the last words of a run, on rank 0: what was learnt, where it is, what next."""
+def summary(log, args, title, first_step, more=(), panels=()):
+    """Pictures and the last words of a run, on rank 0: what was learnt, where it is, what next.
+
+    more: further lines; panels: further curves, pairs (name in the log, title).
+    """
     if log.bar is not None:
         log.bar.close()
     if rank() > 0:
         return
     folder, records = Path(args.out), log.records()
     knn = [r["knn_top1"] for r in records if r.get("knn_top1") is not None]
-    pictures = [p.name for p in (curves(log, args), folder / "views.png") if p and p.exists()]
+    pictures = (curves(log, args, panels), folder / "views.png")
+    pictures = [p.name for p in pictures if p and p.exists()]
     next_command = f"python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}"
     lines = [title]
     if knn:
         lines += [f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
                   f"(column {args.label}, K = {args.knn_k}, T = {args.knn_t})"]
-    lines += [f"  checkpoint   {folder / 'checkpoint.pt'}", f"  log          {log.path}",
+    lines += [*more, f"  checkpoint   {folder / 'checkpoint.pt'}", f"  log          {log.path}",
               f"  pictures     {', '.join(str(folder / p) for p in pictures) or 'none'}"]
     if knn:  # which needs labels, as the evaluation does
         lines += [f"  next         {next_command}"]
@@ -1525,8 +1605,9 @@ def summary(log, args, title, first_step):
     say("\n".join(lines))
 
 
-def curves(log, args):
-    """Loss, learning rate and kNN accuracy over the epochs as curves.png; None without pyplot."""
+def curves(log, args, more=()):
+    """Loss, learning rate, kNN accuracy and `more` (name, title) over the epochs as curves.png;
+    None without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -1536,7 +1617,7 @@ def curves(log, args):
 
     records = log.records()
     panels = [(k, label) for k, label in (("loss", "loss"), ("lr", "learning rate"),
-                                          ("knn_top1", f"kNN top-1 on {args.label} (%)"))
+                                          ("knn_top1", f"kNN top-1 on {args.label} (%)"), *more)
               if any(r.get(k) is not None for r in records)]
     if not panels:
         return None
@@ -1667,16 +1748,17 @@ def knn_top1(query, y_query, bank, y_bank, args):
     return 100 * total((scores.argmax(1) == y_query[own]).sum()).item() / len(query)
 
 
-def knn_accuracy(module, data):
+def knn_accuracy(module, data, pick=None):
     """Top-1 of the weighted kNN of the test rows in the training rows, percent.
 
-    Features are L2-normalised; unlabelled rows (-1) are in neither set. None with one class only.
+    pick: see `features`. Features are L2-normalised; unlabelled rows (-1) are in neither set.
+    None with one class only.
     """
     args = data.args
     y_bank, y_query = (t.column(args.label).to(data.device) for t in (data.train, data.test))
     if y_bank[y_bank >= 0].unique().numel() < 2 or not (y_query >= 0).any():
         return None
-    bank, query = (features(module, data, t, unit=True) for t in (data.train, data.test))
+    bank, query = (features(module, data, t, pick=pick, unit=True) for t in (data.train, data.test))
     if (known := y_bank >= 0).logical_not().any():  # no copy of a large bank where all are known
         bank, y_bank = bank[known.to(bank.device)], y_bank[known]
     known = y_query >= 0

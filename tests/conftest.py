@@ -9,6 +9,8 @@ from PIL import Image
 
 import common
 
+pytest_plugins = ["runs"]  # the fixtures that run a script
+
 
 @pytest.fixture(autouse=True)
 def restore_sigterm():

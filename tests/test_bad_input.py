@@ -5,6 +5,7 @@ says which words the line must hold. Exit status 2: the input cannot work, and t
 it was before. Exit status 1: a failure during the run, and the last checkpoint is kept.
 """
 import errno
+import functools
 import io
 import json
 import math
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import image, write_folder, write_pack
+from runs import contents
 
 import clinfonce
 import common
@@ -26,36 +28,10 @@ SHAPES = [*TINY, "--limit-train", "64", "--batch-size", "16"]
 FILES = [*TINY, "--clusters", "instance", "--batch-size", "4"]
 
 
-def contents(folder):
-    """Name -> bytes of all files below a folder, {} if there is none."""
-    if folder.is_file():
-        return folder.read_bytes()
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.fixture
-def refused(tmp_path, capsys, shapes_once):
-    def refused(argv, *words, status=2, out=tmp_path / "run"):
-        before = contents(out)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            clinfonce.main([*(str(a) for a in argv), "--out", str(out)])
-        printed = capsys.readouterr()
-        lines = printed.err.splitlines()  # a progress bar goes back with \r: its states are lines
-        bar = [s for s in lines if "step/s" in s or not s]
-        assert [s for s in lines if s not in bar] == lines[-1:], printed.err
-        assert lines[-1].startswith("clinfonce.py: error: ")
-        assert printed.err.endswith(lines[-1] + "\n")
-        assert all(s.startswith("clusters ") for s in printed.out.splitlines())
-        assert stop.value.code == status
-        missing = [w for w in map(str, words) if w not in lines[-1]]
-        assert not missing, f"{missing} not in: {lines[-1]}"
-        assert not list(tmp_path.rglob("*.tmp"))
-        if status == 2:
-            assert bar == [] and contents(out) == before and out.exists() == bool(before)
-        return lines[-1]
-
-    return refused
+def refused(refused_by):
+    """refused(flags, *words, status=2): see runs.refused_by."""
+    return functools.partial(refused_by, clinfonce.main, says=["clusters "])
 
 
 # ---------------------------------------------------------------------------------- flags

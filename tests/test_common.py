@@ -479,3 +479,29 @@ def test_every_flag_is_read_somewhere(monkeypatch):
     flags = {a.dest for a in parser_of(clinfonce, monkeypatch)._actions} - {"help"}
     assert len(flags) > 50
     assert {f for f in flags if not re.search(rf"\bargs\.{f}\b", text)} == set()
+
+
+# ---------------------------------------------------------------------------------- key encoder
+
+
+def test_momentum_update_moves_parameters_and_no_buffer():
+    key, query = (torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).double()
+                  for _ in range(2))
+    query[1].running_mean.fill_(5.0)
+    before = [p.detach().clone() for p in key.parameters()]
+    common.momentum_update(key, query, 0.9)
+    for old, new, q in zip(before, key.parameters(), query.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), 0.9 * old + 0.1 * q.detach(), rtol=0, atol=1e-15)
+    assert key[1].running_mean.tolist() == [0, 0]
+
+
+def test_queue_tells_first_rows_from_keys_and_refuses_a_large_batch():
+    queue = common.Queue(torch.zeros(5, 2))
+    queue.enqueue(torch.ones(3, 2))
+    assert queue.labels.tolist() == [0, 0, 0, -1, -1] and queue.ptr == 3
+    queue.enqueue(torch.full((2, 2), 2.0), torch.tensor([7, 8]))
+    assert queue.labels.tolist() == [0, 0, 0, 7, 8] and queue.ptr == 0  # not K: modulo
+    assert queue.keys[:, 0].tolist() == [1, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match="6 keys do not fit into a queue of 5"):
+        queue.enqueue(torch.ones(6, 2))
+    assert queue.keys[:, 0].tolist() == [1, 1, 1, 2, 2]

@@ -496,6 +496,23 @@ def test_the_spec_may_change_with_the_step(numbered):
         assert [b.spec["crop"] for b in batches] == [(0.9, 1.0)] * 2 + [(0.1, 0.2)] * 2
 
 
+@pytest.mark.parametrize(("kind", "workers"), KINDS)
+def test_further_views_are_of_the_same_images(numbered, kind, workers):
+    small, plain = dict(SPEC, size=16), dict(PLAIN, size=24)
+    data = numbered(kind, workers)
+    for batch, two in zip(data.batches(1, 4, SPEC, 2, more=[(small, 3), (plain, 1)]),
+                          data.batches(1, 4, SPEC, 2), strict=True):
+        assert same(batch, two)  # the first group draws what it draws alone
+        x, crops, whole = (common.augment(part) for part in (batch, *batch.more))
+        assert x.shape == (2, 8, 3, 32, 32) and crops.shape == (3, 8, 3, 16, 16)
+        assert whole.shape == (1, 8, 3, 24, 24)
+        assert number((whole[0] * 255).round().byte()).tolist() == batch.rows.tolist()
+        draws = [*batch.params["crop"].unflatten(0, (2, 8)),
+                 *batch.more[0].params["crop"].unflatten(0, (3, 8))]
+        for i, a in enumerate(draws):  # no two views of a step have the same random numbers
+            assert not any(torch.equal(a, b) for b in draws[:i])
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_ranks_share_the_batch_of_one_process(numbered, kind, ranks, monkeypatch):

@@ -7,26 +7,24 @@ The networks have no BatchNorm, the one thing that is allowed to differ between 
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import signal
-import time
-from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from ranks import NS, blob_tables, close, many, normal, own_rows
 from torch import nn
 
 import clinfonce
 import common
 
-NS = (1, 2, 4)
 B = 16  # rows of the global batch
 CPU = torch.device("cpu")
 
@@ -43,16 +41,6 @@ def flags(*more):
                         str(B), "--image-size", "8", "--clusters", "instance", "--out", "unused",
                         *more])
     return found[0]
-
-
-def own_rows(n=B):
-    """This rank's rows of a global batch of n."""
-    b = n // common.world()
-    return slice(common.rank() * b, (common.rank() + 1) * b)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Net(nn.Module):
@@ -76,32 +64,18 @@ class Net(nn.Module):
         return [F.normalize(z, dim=1) if self.unit else z for z in out]
 
 
-def blobs(n, seed):
-    """n small images of four flat colours with a little noise: no rounding moves a cluster."""
-    g = torch.Generator().manual_seed(seed)
-    label = torch.randperm(n, generator=g) % 4
-    colours = torch.tensor([[40, 40, 40], [40, 210, 210], [210, 40, 210], [210, 210, 40]])
-    noise = torch.randint(-9, 10, (n, 3, 8, 8), generator=g)
-    images = (colours[label][:, :, None, None] + noise).to(torch.uint8)
-    return common.Table(dict(label=label, coarse=label // 2), dict(label=list("abcd")), images)
-
-
-def blob_tables(args):
-    return blobs(70, 0), blobs(21, 1)  # 4 batches of 16, and 6 rows that are dropped
-
-
 # ------------------------------------------------------------------ cases, run on every rank
 
 
 def case_gather(folder):
     x, w = normal(B, 3), normal(max(NS), B, 3, seed=1)[common.rank()]
-    own = x[own_rows()].clone().requires_grad_()
+    own = x[own_rows(B)].clone().requires_grad_()
     everyone = common.gather(own)
     (w * everyone ** 2).sum().backward()  # every rank weights the rows of all ranks differently
-    across = x.T[:, own_rows()].clone().requires_grad_()
+    across = x.T[:, own_rows(B)].clone().requires_grad_()
     (w.T * common.gather(across, dim=1) ** 2).sum().backward()
     detached = common.gather(own.detach())
-    ids = common.gather(torch.arange(B)[own_rows()])
+    ids = common.gather(torch.arange(B)[own_rows(B)])
     return dict(rows=everyone.detach(), grad=own.grad, grad_across=across.grad, ids=ids,
                 detached=detached.requires_grad)
 
@@ -116,7 +90,7 @@ def dropping_gather(x, dim=0):
 
 def step(kind, gather):
     """Loss of one step and the gradient of every parameter, by the calls of clinfonce.train."""
-    own = own_rows()
+    own = own_rows(B)
     x = normal(2, B, 3, 2, 2, seed=2)[:, own]
     # clusters that cross the ranks for N = 2 and 4, one image alone, ids with gaps
     ids = torch.tensor([5, 5, 9, -3, 5, 9, 0, 0, 9, 5, -3, 0, 9, 77, 0, 5])[own]
@@ -181,6 +155,22 @@ def case_features(folder):
     return found
 
 
+def case_keys(folder):
+    """Shuffled BatchNorm, then a queue that wraps."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    with mock.patch.object(common, "gather", counting := mock.Mock(wraps=common.gather)):
+        keys = common.shuffled_keys(encoder, normal(B, 3)[own_rows(B)], 7, 5)
+    queue = common.Queue(normal(2 * B + 3, 4, seed=1))
+    for step in range(3):
+        queue.enqueue(keys + step, torch.arange(B) + step)
+    order = torch.randperm(B, generator=common.generator(7, 5, "shuffle"))
+    statistics = normal(B, 3)[order][own_rows(B)] if common.world() > 1 else normal(B, 3)
+    return dict(keys=keys, queue=queue.state_dict(), grad=keys.requires_grad,
+                gathers=counting.call_count, saw=encoder[0](statistics).mean(0).detach(),
+                running=encoder[1].running_mean / 0.1)
+
+
 def case_scores(folder):
     g = torch.Generator().manual_seed(4)
     labels = torch.arange(50) % 5
@@ -226,7 +216,7 @@ def case_views(folder):
     for name, data, first, last in (("memory", memory, 2, 9), ("files", files, 1, 3)):
         spec = common.augmentation(data.args)
         for batch in data.batches(first, last, spec):
-            assert batch.first == own_rows().start
+            assert batch.first == own_rows(B).start
             found[name, batch.step] = dict(rows=batch.rows, views=common.augment(batch))
     return found
 
@@ -305,22 +295,9 @@ def case_train(folder):
     return found
 
 
-CASES = dict(gather=case_gather, gradients=case_gradients, features=case_features,
+CASES = dict(gather=case_gather, keys=case_keys, gradients=case_gradients, features=case_features,
              scores=case_scores, clusters=case_clusters, views=case_views, stop=case_stop,
              train=case_train)
-
-
-def worker(rank, N, folder):
-    """One process of the pool of N."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N))
-    if N > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{N}", rank=rank,
-                                world_size=N, timeout=timedelta(seconds=90))
-    torch.save({name: case(folder) for name, case in CASES.items()}, f"{folder}/{N}-{rank}.pt")
-    if N > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -337,28 +314,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """results[N][rank][case], of all pools, which run at the same time."""
-    # one process imports torch and is forked: a few seconds instead of some for each of seven
-    multiprocessing.set_forkserver_preload(["torch", "torchvision", "torchvision.transforms"])
-    pools = [torch.multiprocessing.start_processes(worker, (N, str(folder)), N, join=False,
-                                                   start_method="forkserver") for N in NS]
-    try:
-        for pool in pools:
-            deadline = time.monotonic() + 150
-            while not pool.join(timeout=5):
-                assert time.monotonic() < deadline, "a process waits for the others for ever"
-    finally:
-        for process in (p for pool in pools for p in pool.processes):
-            process.kill()
-    return {N: [torch.load(folder / f"{N}-{r}.pt", weights_only=False) for r in range(N)]
-            for N in NS}
-
-
-many = pytest.mark.parametrize("N", NS[1:])
-
-
-def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    """results[N][rank][case]."""
+    return ranks.run(folder, __name__)
 
 
 # ------------------------------------------------------------------ rule 1: the same mathematics
@@ -460,6 +417,32 @@ def test_features_of_all_ranks_stand_in_row_order(results, N):
         for n, x in r["features"].items():  # row i has the value i; the buffer is rank 0's
             assert x.dtype == torch.float32
             close(x, torch.arange(n).float()[:, None].expand(n, 2), 1e-4)
+
+
+@pytest.mark.parametrize("N", NS)
+def test_shuffled_keys_stand_in_the_order_of_the_batch(results, N):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3, 4).double(), normal(B, 3)
+    order = torch.randperm(B, generator=common.generator(7, 5, "shuffle"))
+    chunks = order.split(B // N) if N > 1 else [torch.arange(B)]
+    expected = torch.empty(B, 4, dtype=torch.float64)
+    for rows in chunks:  # the batch statistics are those of a chunk of the shuffle
+        h = linear(x[rows]).detach()
+        expected[rows] = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+    for r in results[N]:
+        found = r["keys"]
+        close(found["keys"], expected)
+        assert not found["grad"] and found["gathers"] == (2 if N > 1 else 0)
+        close(found["running"], found["saw"])
+        # the newest 2 B + 3 of 3 B keys: the first batch is overwritten but for its rows 13..
+        keys, K = results[N][0]["keys"]["keys"], 2 * B + 3
+        ring, labels = torch.empty(K, 4, dtype=torch.float64), torch.empty(K, dtype=torch.int64)
+        for step in range(3):
+            for i in range(B):
+                ring[(step * B + i) % K], labels[(step * B + i) % K] = keys[i] + step, i + step
+        assert torch.equal(found["queue"]["keys"], ring)
+        assert torch.equal(found["queue"]["labels"], labels)
+        assert found["queue"]["ptr"] == 3 * B % K
 
 
 @many

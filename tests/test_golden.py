@@ -1,7 +1,8 @@
 """Parity with the authors: inputs and outputs of their own code, stored in tests/golden/*.npz.
 
-The keys of a file read `group/case/name`. Every test below takes its cases, sizes and scalars from
-the keys that it finds, so that another directory with the same scheme passes unchanged:
+The keys of a file read `group/case/name`, in some files with dots instead. Every test below takes
+its cases, sizes and scalars from the keys that it finds, so that another directory with the same
+scheme passes unchanged:
 
     GOLDEN_DIR=PATH python -m pytest tests/test_golden.py
 
@@ -35,6 +36,7 @@ GROUPS = {  # method -> documented groups, each of which must be there
     ],
 }
 
+DOTTED = ("cld", "rince")  # files whose keys read group.case.name
 PATTERNS = defaultdict(list)  # method -> patterns of the cases that have a test, see `exercises`
 
 
@@ -45,7 +47,10 @@ PATTERNS = defaultdict(list)  # method -> patterns of the cases that have a test
 def arrays(method):
     """All arrays of one file by key; empty without the file, which test_group_is_there reports."""
     path = GOLDEN / f"{method}.npz"
-    return dict(np.load(path, allow_pickle=False)) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return {key.replace(".", "/") if method in DOTTED else key: array
+            for key, array in np.load(path, allow_pickle=False).items()}
 
 
 class Case:
@@ -145,6 +150,26 @@ def leaf(x):
 def grad(x):
     """Gradient of a leaf, zero if nothing reached it."""
     return torch.zeros_like(x) if x.grad is None else x.grad
+
+
+# ===================================================================================== completeness
+
+
+@pytest.mark.parametrize(
+    ("method", "group"), [(method, group) for method in GROUPS for group in GROUPS[method]]
+)
+def test_group_is_there(method, group):
+    assert arrays(method), f"no {GOLDEN / method}.npz, or nothing in it"
+    assert any(key.startswith(group + "/") for key in arrays(method)), f"no key {group}/..."
+
+
+@pytest.mark.parametrize("method", GROUPS)
+def test_every_key_has_a_test(method):
+    """With the check in `exercises`, no key of a file stays unread."""
+    found = [case for pattern in PATTERNS[method] for case in cases(method, pattern)]
+    keys = {f"{case.prefix}/{name}" for case in found for name in case.arrays}
+    untested = sorted(arrays(method).keys() - keys)
+    assert not untested, f"keys that no test reads: {untested}"
 
 
 # ===================================================================================== Cl-InfoNCE
@@ -646,23 +671,3 @@ def test_lars(case):
         assert after.keys() == parameters.keys()
         for name, expected in after.items():
             close(parameters[name], expected, 1e-10, 1e-6, what=f"after{step + 1} {name}")
-
-
-# ===================================================================================== completeness
-
-
-@pytest.mark.parametrize(
-    ("method", "group"), [(method, group) for method in GROUPS for group in GROUPS[method]]
-)
-def test_group_is_there(method, group):
-    assert arrays(method), f"no {GOLDEN / method}.npz, or nothing in it"
-    assert any(key.startswith(group + "/") for key in arrays(method)), f"no key {group}/..."
-
-
-@pytest.mark.parametrize("method", GROUPS)
-def test_every_key_has_a_test(method):
-    """With the check in `exercises`, no key of a file stays unread."""
-    found = [case for pattern in PATTERNS[method] for case in cases(method, pattern)]
-    keys = {f"{case.prefix}/{name}" for case in found for name in case.arrays}
-    untested = sorted(arrays(method).keys() - keys)
-    assert not untested, f"keys that no test reads: {untested}"

@@ -4,139 +4,69 @@ Real processes are few, as they take seconds to start: they run in the backgroun
 before them run in this process.
 """
 import concurrent.futures
+import functools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import (
+    BASE,
+    CODE,
+    SMALL,
+    checkpoint,
+    differences,
+    end,
+    log_of,
+    logged_steps,
+    start,
+    stop_started,
+    torchrun,
+    wait_for_step,
+)
 
 import clinfonce
 import common
 
-CODE = Path(common.__file__).parent
-BASE = ["--device", "cpu", "--threads", "1", "--log-every", "1"]
 # 4 epochs of 16 steps; clusters are found in epochs 1 and 3, so a run that goes on in epoch 2 or 4
 # needs the ids of its checkpoint
 KMEANS = [*BASE, "--limit-train", "512", "--batch-size", "32", "--epochs", "4", "--clusters",
           "kmeans", "--k", "8", "--kmeans-every", "2"]
 STEPS = 64
-SMALL = [*BASE, "--limit-train", "64", "--batch-size", "16", "--epochs", "2"]  # 2 epochs of 4 steps
-
-
-# ------------------------------------------------------------------ comparing runs
-
-
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def flat(value, name=""):
-    """Nested dicts and lists as one dict: path -> tensor or number."""
-    if isinstance(value, dict):
-        value = value.items()
-    elif isinstance(value, (list, tuple)):
-        value = enumerate(value)
-    else:
-        return {name: value}
-    return {k: v for key, part in value for k, v in flat(part, f"{name}/{key}").items()}
-
-
-def differences(a, b):
-    """Names of what is not equal, bit by bit, in the states of two checkpoints."""
-    a, b = (flat(c["state"] | dict(step=c["step"])) for c in (a, b))
-    assert a.keys() == b.keys()
-    assert any("momentum_buffer" in k or "exp_avg" in k for k in a) and "/clusters/ids" in a
-    return [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor)
-                                 else a[k] == b[k])]
-
-
-def log_of(folder):
-    """All lines of a log but for what may differ: times, speed, memory and the folder's name."""
-    lines = [json.loads(s) for s in (folder / "log.jsonl").read_text().splitlines()]
-    for name in ("command", "processes"):
-        lines[0].pop(name)
-    lines[0]["args"].pop("out")
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "memory_mb", "seconds",
-                                                     "cpu_seconds")}
-            for line in lines]
-
-
-def logged_steps(folder):
-    """The steps that have a line with a loss."""
-    if not (folder / "log.jsonl").exists():
-        return []
-    return [int(s) for s in re.findall(r'"step": (\d+), "epoch": [\d.]+, "loss"',
-                                       (folder / "log.jsonl").read_text())]
-
-
-# ------------------------------------------------------------------ real processes
-
-
-started = []
-
-
-def start(argv, script=("clinfonce.py",), **variables):
-    """Start a script as its own session, so that its children can be ended with it."""
-    process = subprocess.Popen(
-        [sys.executable, *script, *argv], cwd=CODE, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=dict(os.environ, OMP_NUM_THREADS="1", **variables))
-    started.append(process)
-    return process
-
-
-def torchrun(*options):
-    return ("-m", "torch.distributed.run", *options, "clinfonce.py")
-
-
-def end(process):
-    """Wait for a process; what it printed and its exit status."""
-    out, err = process.communicate(timeout=150)
-    return SimpleNamespace(status=process.returncode, out=out, err=err)
-
-
-def wait_for_step(process, folder, step):
-    """Return when the log has a line of this step; fail if the process ends before."""
-    while max(logged_steps(folder), default=0) < step:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+SCRIPT = ["clinfonce.py"]
 
 
 def job_reference(folder):
-    return end(start([*KMEANS, "--out", folder / "reference"]))
+    return end(start([*KMEANS, "--out", folder / "reference"], SCRIPT))
 
 
 def job_killed(folder):
     """SIGKILL in epoch 2, again in epoch 4, at steps drawn at random; then the run may finish."""
     argv, draw, found = [*KMEANS, "--out", folder / "killed"], random.Random(1), []
     for epoch in (2, 4):
-        process = start(argv)
+        process = start(argv, SCRIPT)
         wait_for_step(process, folder / "killed", 16 * (epoch - 1) + draw.randrange(1, 10))
         process.kill()
         assert end(process).status == -signal.SIGKILL
         found.append((checkpoint(folder / "killed")["step"], logged_steps(folder / "killed")))
-    return found, end(start(argv))
+    return found, end(start(argv, SCRIPT))
 
 
 def job_asked(folder):
     """SIGTERM in the middle of epoch 2; the run is copied then, and finishes."""
     argv = [*KMEANS, "--out", folder / "asked"]
-    process = start(argv)
+    process = start(argv, SCRIPT)
     wait_for_step(process, folder / "asked", 20)
     process.terminate()
     first = end(process)
     shutil.copytree(folder / "asked", folder / "asked-copy")
-    return first, end(start(argv))
+    return first, end(start(argv, SCRIPT))
 
 
 def children(pid):
@@ -156,7 +86,8 @@ def job_restarted(folder):
     argv = [*KMEANS, "--out", folder / "restarted"]
     # the variable: torchrun's agent would keep one store for both attempts, and a new process may
     # read the address of one that ended (pytorch issues 135712, 167288)
-    process = start(argv, torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1"),
+    process = start(argv, torchrun(*SCRIPT, "--standalone", "--nproc_per_node=2",
+                                   "--max-restarts=1"),
                     TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for_step(process, folder / "restarted", 16 + random.Random(2).randrange(2, 10))
     workers = children(process.pid)
@@ -170,14 +101,14 @@ def job_two_agents(folder):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     argv = [*KMEANS, "--out", folder / "agents"]
-    script = torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=x",
-                      f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
+    script = torchrun(*SCRIPT, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
+                      "--rdzv-id=x", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
     return [end(p) for p in [start(argv, script), start(argv, script)]]
 
 
 def job_error(folder):
     return end(start([*SMALL, "--clusters", "kmeans", "--k", "65", "--out", folder / "error"],
-                     torchrun("--standalone", "--nproc_per_node=2")))
+                     torchrun(*SCRIPT, "--standalone", "--nproc_per_node=2")))
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +123,7 @@ def jobs(tmp_path_factory):
                         job_error)})
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        stop_started()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -207,27 +135,9 @@ def in_the_background(jobs):
 
 
 @pytest.fixture
-def run(tmp_path, shapes_once, monkeypatch):
-    """run(name, flags, stop=None): clinfonce.main in this process; its checkpoint.
-
-    stop: the number of the step during which this process gets a SIGTERM.
-    """
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    real = common.finite
-
-    def run(name, argv, stop=None):
-        def finite(loss, step):
-            if step == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(loss, step)
-
-        monkeypatch.setattr(common, "finite", finite)
-        clinfonce.main([*argv, "--out", str(tmp_path / name)])
-        return checkpoint(tmp_path / name)
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
+def run(run_main):
+    """run(name, flags, stop=None): clinfonce.main in this process; its checkpoint."""
+    return functools.partial(run_main, clinfonce.main)
 
 
 VARIANTS = {

@@ -2,11 +2,12 @@
 
     python tests/bench/one_protocol.py c100 --data-dir data        # CIFAR-100
     python tests/bench/one_protocol.py fashion --data-dir data     # fashion attributes
+    python tests/bench/one_protocol.py c100 --only SupCon          # one row
 
 Every row is `METHOD.py FLAGS --seed S` and then `linear_eval.py` on its last checkpoint. A finished
-run or evaluation is not repeated. Logs and evaluations go to results/SET/, the table (mean and
-standard deviation over the seeds) to results/SET.csv and results/SET.md. Each run has one thread,
-so that --jobs 2 does not change what a run computes.
+run or evaluation is not repeated. Logs and evaluations go to results/SET/, the table of the rows
+that are done (mean and standard deviation over the seeds) to results/SET.csv and results/SET.md.
+Each run has one thread, so that --jobs 2 does not change what a run computes.
 """
 import argparse
 import csv
@@ -68,7 +69,6 @@ def work(args, row, seed):
                 "--out", str(folder / "eval.json")], folder)
         shutil.copy(ROOT / folder / "eval.json", target)
         print(f"{args.set}: {row[0]}, seed {seed}: done", flush=True)
-    return json.loads(target.read_text())
 
 
 def python(words, folder):
@@ -95,16 +95,21 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", help="run only the rows whose name contains this")
     args = parser.parse_args()
     spec = SETS[args.set]
-    jobs = [(row, seed) for row in spec["rows"] for seed in args.seeds]
+    jobs = [(row, seed) for row in spec["rows"] for seed in args.seeds
+            if args.only is None or args.only.lower() in row[0].lower()]
     with ThreadPoolExecutor(args.jobs) as pool:
-        records = list(pool.map(lambda job: work(args, *job), jobs))
+        list(pool.map(lambda job: work(args, *job), jobs))
 
     lines = [["row", "labels seen", *spec["columns"], "CPU seconds"]]
     for row in spec["rows"]:
-        mine = [r for (other, _), r in zip(jobs, records, strict=True) if other is row]
-        cells = []
+        kept = [ROOT / "results" / args.set / f"{slug(row)}-{seed}.eval.json"
+                for seed in args.seeds]
+        if not all(path.exists() for path in kept):
+            continue
+        mine, cells = [json.loads(path.read_text()) for path in kept], []
         for path in spec["columns"].values():
             values = [look_up(r["results"], path) for r in mine]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
