@@ -1269,12 +1269,13 @@ class Queue(nn.Module):
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose gradient is scaled to the size of its weight (You et al. 2017).
 
-    For groups with `adapt`: g <- g + wd p; g <- g * trust_coef ||p|| / ||g|| (factor 1 where a
-    norm is 0). Then v <- momentum v + g, p <- p - lr v. Parameters without gradient are skipped.
+    For groups with `adapt`: g <- g + wd p; g <- g * trust_coef ||p|| / (||g|| + eps) (factor 1
+    where a norm is 0). Then v <- momentum v + g, p <- p - lr v. Parameters without gradient are
+    skipped.
     """
 
-    def __init__(self, groups, lr, momentum=0.9, trust_coef=0.001):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, trust_coef=trust_coef,
+    def __init__(self, groups, lr, momentum=0.9, trust_coef=0.001, eps=0.0):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, trust_coef=trust_coef, eps=eps,
                                       weight_decay=0.0, adapt=True))
 
     @torch.no_grad()
@@ -1289,7 +1290,7 @@ class LARS(torch.optim.Optimizer):
             if group["adapt"]:
                 for p_norm, g_norm, g in zip(torch._foreach_norm(params),
                                              torch._foreach_norm(grads), grads, strict=True):
-                    ratio = group["trust_coef"] * p_norm / g_norm
+                    ratio = group["trust_coef"] * p_norm / (g_norm + group["eps"])
                     # no host synchronisation: the choice is made on the device
                     g.mul_(torch.where((p_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio)))
             states = [self.state[p] for p in params]
@@ -1316,10 +1317,10 @@ def lars_groups(named_parameters, weight_decay, by="name"):
             dict(params=excluded, weight_decay=0.0, adapt=False)]
 
 
-def optimizer(args, model):
-    """SGD (all parameters decayed), LARS (authors' groups) or AdamW from the flags."""
+def optimizer(args, model, by="name"):
+    """SGD (all parameters decayed), LARS (groups `by`, see `lars_groups`) or AdamW by the flags."""
     if args.optimizer == "lars":
-        return LARS(lars_groups(model.named_parameters(), args.weight_decay), args.lr,
+        return LARS(lars_groups(model.named_parameters(), args.weight_decay, by), args.lr,
                     args.momentum)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -1522,7 +1523,8 @@ def read_checkpoint(path):
                        f"{reason}") from None
 
 
-FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads")  # may change on resuming
+# may change on resuming
+FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture")
 
 
 def resume(state, args):
