@@ -198,7 +198,7 @@ def neighbours(v, V, first=0, k=1, block=2 ** 25):
         S.scatter_(1, row[:, None], float("-inf"))
         # both give the first of equal values; differs from the released code: top-k gives any
         found.append(S.max(1, keepdim=True).indices if k == 1 else
-                     S.sort(1, descending=True, stable=True).indices[:, :min(k, B - 1)])
+                     S.sort(dim=1, descending=True, stable=True).indices[:, :min(k, B - 1)])
     return torch.cat(found)
 
 

@@ -16,6 +16,8 @@ import re
 from collections import defaultdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ from torch import nn
 
 import clinfonce
 import common
+import linear_eval
+import wcl
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -33,6 +37,10 @@ GROUPS = {  # method -> documented groups, each of which must be there
         "supcon", "supcon_2rank", "step", "lr", "kmeans", "kmeans_loss", "schedule", "accuracy",
         "attr", "hier_synthetic", "wordnet", "dual_1rank", "dual_2rank", "dual_step_1rank",
         "dual_step_2rank", "projection_head", "lars",
+    ],
+    "wcl": [
+        "graph", "sup", "fwd", "head", "lars", "sched", "baselr", "linprobe", "groups", "train",
+        "mc", "meta",
     ],
 }
 
@@ -671,3 +679,354 @@ def test_lars(case):
         assert after.keys() == parameters.keys()
         for name, expected in after.items():
             close(parameters[name], expected, 1e-10, 1e-6, what=f"after{step + 1} {name}")
+
+
+# ===================================================================================== WCL
+#
+# The files hold un-normalised outputs of the heads, one array a view and rank; the functions take
+# unit vectors (2, b, D). Where the authors' keys of other ranks are constants, they are passed as
+# such to the same functions.
+
+
+@exercises("wcl", "graph/*")
+def test_weak_labels(case):
+    """(E2), (E3). Where features are tied, the authors' 1-NN is any of the nearest."""
+    V, B = case["feat"], len(case["feat"])
+    tied = "labels_lowest_index" in case
+    expected = case["labels_lowest_index"] if tied else case["labels"]
+    S = V @ V.T
+    S.fill_diagonal_(-np.inf)
+    best, gap = S.topk(min(2, B - 1), dim=1).values, case.get("min_gap")
+    if gap == 9:  # the mark of a graph without a second-best neighbour
+        assert B == 2
+    else:
+        assert (best[:, 0] - best[:, 1]).min().item() == pytest.approx(gap, abs=1e-12)
+    for dtype in (V.dtype, torch.float32):  # labels are exact in both
+        labels = wcl.weak_labels(V.to(dtype))
+        assert labels.dtype == torch.int64 and torch.equal(labels, expected)
+    size = torch.bincount(expected)
+    assert size.min() >= 2
+    n = wcl.neighbours(V, V)[:, 0]
+    assert torch.equal(expected[n], expected) and torch.equal(wcl.components(n), expected)
+    for block in (1, B, 3 * B):  # one row at a time, or some
+        assert torch.equal(wcl.neighbours(V, V, block=block)[:, 0], n)
+    theirs = case["nn"]  # theirs are among the nearest, and give their labels
+    assert (S.gather(1, theirs[:, None])[:, 0] >= S.max(1).values - 1e-12).all() or tied
+    assert torch.equal(wcl.components(theirs), case["labels"])
+    assert torch.equal(n, theirs) or tied
+    mask = case["labels"][:, None] == case["labels"]
+    assert torch.equal(mask, case["mask"].bool())
+
+
+@exercises("wcl", "sup/*")
+def test_sup_con(case):
+    """(E4) on logits. NaN of the original: a row without positive, or an overflow of float32."""
+    x, positive = leaf(case["logits"]), case["mask"].bool()
+    itself = case["diag"].bool() if "diag" in case else None
+    rows = wcl.sup_con(x, positive, itself, reduction="none")
+    loss = wcl.sup_con(x, positive, itself)
+    loss.backward()
+    has = (positive if itself is None else positive & ~itself).any(1)
+    stable, expected = case["rows_stable"], case["rows"]
+    finite = expected.isfinite()
+    tolerance = dict(f64=1e-9, atol=5e-6 if x.dtype == torch.float32 else 1e-12)
+    close(rows[has].to(stable.dtype), stable[has], **tolerance | (
+        dict(f64=1e-5) if x.dtype == torch.float32 else {}), what="rows_stable")
+    close(rows[finite].to(expected.dtype), expected[finite], **tolerance, what="rows")
+    assert (rows[~has] == 0).all() and (finite <= has).all()
+    recommended = case["loss_recommended"]
+    close(loss.to(recommended.dtype), recommended, f64=1e-5 if x.dtype == torch.float32 else 1e-9,
+          what="loss_recommended")
+    assert x.grad.isfinite().all()
+    theirs = case["g_logits"]
+    if case["loss"].isfinite():
+        assert has.all()
+        close(loss, case["loss"], what="loss")
+        close(x.grad, theirs, atol=1e-12, what="g_logits")
+    else:  # differs from the released code on purpose
+        assert theirs.isnan().any()
+        assert not x.grad[~has].any()
+        kept = theirs.isfinite().all(1)  # rows that are right there have it as a mean over all
+        close(x.grad[kept] * has.sum(), theirs[kept] * len(x), atol=1e-12, what="g_logits")
+
+
+def wcl_ranks(case, W):
+    """Leaves of every rank: lists of z (2, b, D) and v (2, b, D), as they come from the heads."""
+    def views(name):
+        return [leaf(torch.stack([case[f"{name}1_r{r}"], case[f"{name}2_r{r}"]]))
+                for r in range(W)]
+    return views("z"), views("v")
+
+
+def wcl_losses(r, z, v, y, tau, through_keys=False):
+    """info_nce and L_swap of rank r, keys of other ranks constant; all with `through_keys`."""
+    z, v = ([F.normalize(x, dim=-1) for x in xs] for xs in (z, v))
+    first = sum(x.shape[1] for x in z[:r])
+    Z = torch.cat([x if i == r or through_keys else x.detach() for i, x in enumerate(z)], 1)
+    V = torch.cat(v, 1)
+    nce, logits, target = wcl.info_nce(z[r], Z, first, tau)
+    return nce, wcl.swapped(v[r], V if through_keys else V.detach(), y, first, tau), logits, target
+
+
+def their_columns(r, sizes):
+    """Our columns [Z^1; Z^2] in the order of the authors' keys [own 1, own 2, others 1, others 2],
+    from their code's step 5, without a row's own."""
+    B, first = sum(sizes), sum(sizes[:r])
+    own = torch.arange(first, first + sizes[r])
+    other = torch.tensor([i for i in range(B) if i not in own.tolist()], dtype=torch.int64)
+    order = torch.cat([own, B + own, other, B + other])
+    return torch.stack([order[order != a] for a in torch.cat([own, B + own]).tolist()])
+
+
+@exercises("wcl", "fwd/*")
+def test_wcl_forward(case):
+    """(E1) to (E6) of every rank, the gradient of its own loss, and that of the sum of all with
+    gradient through every key, which `fullg` documents: train does that for (E1) only."""
+    W, tau = case.get("world"), case.get("t")
+    z, v = wcl_ranks(case, W)
+    sizes = [x.shape[1] for x in z]
+    y = torch.stack([wcl.weak_labels(torch.cat([F.normalize(x[m], dim=-1) for x in v]))
+                     for m in (0, 1)])
+    assert torch.equal(y[0], case["labels1"]) and torch.equal(y[1], case["labels2"])
+    exact = functools.partial(close, atol=1e-12)
+    for r in range(W):
+        nce, swap, logits, target = wcl_losses(r, z, v, y, tau)
+        loss = nce + swap
+        columns = their_columns(r, sizes)
+        exact(logits.gather(1, columns), case[f"logits_r{r}"], what="logits")
+        place = columns.gather(1, case[f"target_r{r}"][:, None])[:, 0]
+        assert torch.equal(place, target)
+        exact(nce, case[f"nce_r{r}"], what="nce")
+        exact(swap, case[f"graph_r{r}"], what="graph")
+        exact(loss, case[f"loss_r{r}"], what="loss")
+        rows = F.cross_entropy(logits, target, reduction="none")
+        exact(rows, case[f"nce_per_sample_r{r}"], what="nce_per_sample")
+        for m in (0, 1):
+            V = torch.cat([F.normalize(x[m], dim=-1) for x in v])
+            i = torch.arange(sum(sizes[:r]), sum(sizes[:r + 1]))
+            itself = i[:, None] == torch.arange(len(V))
+            rows = wcl.sup_con(V[i] @ V.T / tau, y[1 - m][i, None] == y[1 - m], itself, "none")
+            exact(rows, case[f"graph{m + 1}_per_sample_r{r}"], what="graph_per_sample")
+        only, = torch.autograd.grad(nce, z[r], retain_graph=True)
+        loss.backward()
+        for m in (0, 1):
+            exact(only[m], case[f"nce_g_z{m + 1}_r{r}"], what="nce_g_z")
+            exact(z[r].grad[m], case[f"g_z{m + 1}_r{r}"], what="g_z")
+            exact(v[r].grad[m], case[f"g_v{m + 1}_r{r}"], what="g_v")
+        for x in (*z, *v):
+            assert x is z[r] or x is v[r] or x.grad is None or not x.grad.any()
+            x.grad = None
+        for k in (1, 5):
+            if f"acc{k}_r{r}" in case:
+                percent, = common.accuracy(logits, target, (k,))
+                assert percent == pytest.approx(case.get(f"acc{k}_r{r}"), abs=1e-4)
+
+    sum(sum(wcl_losses(r, z, v, y, tau, through_keys=True)[:2]) for r in range(W)).backward()
+    own = [x.grad.clone() for x in z]
+    for r in range(W):
+        for m in (0, 1):
+            exact(z[r].grad[m], case[f"fullg_z{m + 1}_r{r}"], what="fullg_z")
+            exact(v[r].grad[m], case[f"fullg_v{m + 1}_r{r}"], what="fullg_v")
+    # what train does, on any number of ranks: the gradient of one process over the global batch
+    Z, V = leaf(torch.cat([x.detach() for x in z], 1)), torch.cat([x.detach() for x in v], 1)
+    one = F.normalize(Z, dim=-1)
+    (W * wcl.info_nce(one, one, 0, tau)[0]).backward()
+    exact(Z.grad, torch.cat(own, 1), what="one process")
+    v[0].grad = None
+    swap = wcl_losses(0, z, v, y, tau)[1]
+    if W == 1 and V.shape[1] > 3:  # a swapped loss with gradient through its keys is another one
+        swap.backward()
+        assert not torch.allclose(v[0].grad[0], case["fullg_v1_r0"])
+
+
+@exercises("wcl", "head")
+def test_wcl_head(case):
+    before = case.below("before")
+    (hidden, d_in), d_out = before["linear1.weight"].shape, len(before["linear3.weight"])
+    head = common.MLP3(d_in, hidden, d_out).to(before["linear1.weight"].dtype).train()
+    missing, unexpected = head.load_state_dict(before, strict=False)
+    assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
+    x = leaf(case["x"])
+    out = head(x)
+    close(out, case["y_train"], atol=1e-12, what="y_train")
+    out.square().sum().backward()
+    close(x.grad, case["gx_of_sum_y2"], f64=1e-8, atol=1e-10, what="gx")
+    gradients, after = case.below("grad"), case.below("after")
+    assert gradients.keys() == dict(head.named_parameters()).keys() and after
+    for name, p in head.named_parameters():
+        close(p.grad, gradients[name], f64=1e-8, atol=1e-10, what=name)
+    for name, expected in after.items():
+        close(head.state_dict()[name], expected, atol=1e-12, what=name)
+    close(head.eval()(case["x"]), case["y_eval"], atol=1e-12, what="y_eval")
+
+
+@exercises("wcl", "lars/*")
+def test_wcl_lars(case):
+    """(E7): excluded tensors are neither decayed nor scaled, those without flag are decayed."""
+    decay, eps, trust, momentum = case["hyper"].tolist()
+    excluded = dict(zip(case["names"], case["excluded"].tolist(), strict=True))
+    parameters = {name: nn.Parameter(p) for name, p in case.below("p0").items()}
+    assert parameters.keys() == excluded.keys()
+
+    def group(names, weight_decay, adapt):
+        return dict(params=[parameters[n] for n in names], weight_decay=weight_decay, adapt=adapt)
+
+    noflag = [n for n in excluded if n.startswith("noflag")]
+    left = [n for n, skip in excluded.items() if skip]
+    optimizer = common.LARS([
+        group([n for n in excluded if n not in noflag + left], decay, True),
+        group(left, 0.0, False), group(noflag, decay, False)], 1.0, momentum, trust, eps)
+    assert case.numbered("g{}") == case.numbered("p{}")[1:] == list(range(1, len(case["lr"]) + 1))
+    for step, lr in enumerate(case["lr"].tolist(), 1):
+        gradients = case.below(f"g{step}")
+        for name, p in parameters.items():
+            p.grad = gradients.get(name)
+        common.set_lr(optimizer, lr)
+        optimizer.step()
+        for name, expected in case.below(f"p{step}").items():
+            close(parameters[name], expected, atol=1e-12, what=f"p{step} {name}")
+        for name, expected in case.below(f"m{step}").items():
+            close(optimizer.state[parameters[name]]["momentum_buffer"], expected, atol=1e-12,
+                  what=f"m{step} {name}")
+
+
+def wcl_flags(**changes):
+    """Flags that `wcl.learning_rate` reads."""
+    return SimpleNamespace(**dict(lr_rule="fixed") | changes)
+
+
+@exercises("wcl", "sched/*")
+def test_wcl_schedule(case):
+    """(E8). Epochs within the warm-up stay on the ramp; `check` refuses such a run."""
+    epochs, warmup, per_epoch, base = case["args"].tolist()
+    args = wcl_flags(epochs=int(epochs), warmup=int(warmup), lr=base)
+    ours = [wcl.learning_rate(t, int(per_epoch), args) for t in range(int(epochs * per_epoch))]
+    close(ours, case["lr"], atol=1e-12)
+
+
+@exercises("wcl", "baselr")
+def test_wcl_base_rate(case):
+    """Square-root rule of (E8): the rate at the end of the warm-up."""
+    for b, W, expected in zip(case["batch_per_gpu"].tolist(), case["world"].tolist(),
+                              case["base_lr"].tolist(), strict=True):
+        args = wcl_flags(epochs=3, warmup=1, lr=wcl.LARS["lr"], lr_rule=wcl.LARS["lr_rule"],
+                         batch_size=b * W)
+        assert wcl.learning_rate(7, 7, args) == pytest.approx(expected, rel=1e-12)
+
+
+@exercises("wcl", "linprobe")
+def test_wcl_linear_probe_rate(case):
+    epochs, per_epoch = case["args"].tolist()
+    recipe = linear_eval.RECIPES["wcl"]
+    args = SimpleNamespace(epochs=epochs, schedule=recipe["schedule"])
+    start = recipe["lr_256"] * recipe["batch_size"] / 256
+    ours = [linear_eval.rate(t, per_epoch, start, args) for t in range(epochs * per_epoch)]
+    close(ours, case["lr"], atol=1e-9)
+
+
+@exercises("wcl", "groups")
+def test_wcl_groups(case):
+    """The authors' parameters, by name and number, and which of them LARS leaves out."""
+    hidden, dim = case["model_args"].tolist()
+    with torch.device("meta"):
+        model = wcl.WCL(SimpleNamespace(arch="resnet50", stem="imagenet", hidden=hidden, dim=dim,
+                                        beta=1.0))
+    named = {name.replace("backbone.", "net."): p for name, p in model.named_parameters()}
+    assert list(named) == case["names"]
+    assert [p.numel() for p in named.values()] == case["numel"].tolist()
+    groups = common.lars_groups(named.items(), 1e-6)
+    skipped = {id(p) for p in groups[1]["params"]}
+    assert [id(p) in skipped for p in named.values()] == case["excluded"].tolist()
+    by_kind = common.lars_groups(named.items(), 1e-6, by="kind")
+    more = {id(p) for p in by_kind[1]["params"]} - skipped
+    assert sorted(n for n, p in named.items() if id(p) in more) == [
+        n for n in sorted(named) if n.endswith("downsample.1.weight")]
+    assert skipped <= {id(p) for p in by_kind[1]["params"]}
+
+
+@exercises("wcl", "train/*")
+def test_wcl_training(case):
+    """Whole steps: our module with a linear encoder, losses, LARS by name, rates. On several ranks
+    as the authors have it, with constant keys of other ranks and DDP's mean of the gradients."""
+    epochs, warmup, per_epoch, base, decay, steps = case["args"].tolist()
+    W = 1 + max(int(k.rsplit("_r", 1)[1]) for k in case.arrays if k.startswith("nce_r"))
+    init = case.below("init")
+    hidden, d_out = len(init["head1.linear1.bias"]), len(init["head1.linear3.bias"])
+    model = wcl.WCL(SimpleNamespace(arch="resnet-tiny", stem="imagenet", hidden=hidden, dim=d_out,
+                                    beta=1.0))
+    width, d_in = init["net.weight"].shape
+    model.backbone = nn.Linear(d_in, width)
+    for name in ("head1", "head2"):
+        head = common.MLP3(width, hidden, d_out)
+        if f"{name}.bn1.weight" not in init:
+            head.bn1 = head.bn2 = nn.Identity()
+        setattr(model, name, head)
+    model.double().train()
+    ours = {k: k.replace("net.", "backbone.") for k in init}
+    missing, unexpected = model.load_state_dict({ours[k]: v for k, v in init.items()}, strict=False)
+    assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
+    parameters = dict(model.named_parameters())
+    optimizer = common.LARS(common.lars_groups(parameters.items(), decay), base)
+    args = wcl_flags(epochs=int(epochs), warmup=int(warmup), lr=base)
+    tau = case.get("t", 0.1)
+    snapshots = case.numbered("after{}")
+    assert snapshots and snapshots[-1] <= steps
+    with mock.patch.object(torch.Tensor, "float", lambda x: x):  # stay in float64
+        for step in range(1, int(steps) + 1):
+            lr = common.set_lr(optimizer, wcl.learning_rate(step - 1, int(per_epoch), args))
+            assert lr == pytest.approx(case["lr"][step - 1].item(), abs=1e-12)
+            out = [model([case[f"x{m}_step{step}_r{r}"] for m in (1, 2)]) for r in range(W)]
+            z, v = zip(*out, strict=True)
+            y = torch.stack([wcl.weak_labels(torch.cat([x[m] for x in v])) for m in (0, 1)])
+            losses = [wcl_losses(r, z, v, y, tau)[:2] for r in range(W)]
+            for r, (nce, swap) in enumerate(losses):
+                close(nce, case[f"nce_r{r}"][step - 1], f64=1e-8, what=f"nce {step}")
+                close(swap, case[f"graph_r{r}"][step - 1], f64=1e-8, what=f"graph {step}")
+            optimizer.zero_grad(set_to_none=True)
+            (sum(nce + swap for nce, swap in losses) / W).backward()  # DDP's mean
+            for name, expected in case.below(f"grad{step}").items():
+                close(parameters[ours[name]].grad, expected, f64=1e-8, atol=1e-11, what=name)
+            optimizer.step()
+            for name, expected in case.below(f"after{step}").items():
+                close(model.state_dict()[ours.get(name, name)], expected, f64=1e-8, atol=1e-10,
+                      what=f"after{step} {name}")
+            for name, expected in case.below(f"mom{step}").items():
+                state = optimizer.state[parameters[ours[name]]]
+                close(state["momentum_buffer"], expected, f64=1e-8, atol=1e-10, what=f"mom {name}")
+
+
+@exercises("wcl", "mc/*")
+def test_wcl_multi_crop(case):
+    """(E9), our reconstruction: the vectors are of another implementation of the same formulas."""
+    W, _, C, K = (case["args"].tolist()[i] for i in (0, 1, 3, 4))
+    tau = case.get("t")
+    z, v = wcl_ranks(case, W)
+    Z, V = (torch.cat([F.normalize(x.detach(), dim=-1) for x in xs], 1) for xs in (z, v))
+    y = torch.stack([wcl.weak_labels(V[m]) for m in (0, 1)])
+    assert torch.equal(y[0], case["labels1"]) and torch.equal(y[1], case["labels2"])
+    first = 0
+    for r in range(W):
+        b, own = z[r].shape[1], slice(first, first + z[r].shape[1])
+        for kind, name in (("neighbours", "knn"), ("components", "comp")):
+            args = SimpleNamespace(crop_positives=kind, crop_k=K)
+            P = wcl.crop_positives(V[:, own], V, y, first, args)
+            if kind == "neighbours":
+                for m in (0, 1):
+                    assert torch.equal(P[m], case[f"knn_pos{m + 1}"][own].bool())
+            zc, vc = leaf(case[f"zc_r{r}"]), leaf(case[f"vc_r{r}"])
+            assert zc.shape[:2] == (C, b)
+            c_nce, c_k = wcl.multi_crop(F.normalize(zc, dim=-1), F.normalize(vc, dim=-1), Z, V, P,
+                                        first, tau)
+            close(c_nce, case[f"c_nce_r{r}"], atol=1e-12, what="c_nce")
+            close(c_k, case[f"c_{name}_r{r}"], atol=1e-12, what=f"c_{name}")
+            (c_nce + c_k).backward()
+            close(zc.grad, case[f"g_zc_r{r}"], atol=1e-12, what="g_zc")
+            close(vc.grad, case[f"g_vc_{name}_r{r}"], atol=1e-12, what=f"g_vc_{name}")
+        first += b
+
+
+@exercises("wcl", "meta")
+def test_wcl_meta(case):
+    """The cases that the file lists are those that it has."""
+    assert sorted(case["fwd_cases"]) == sorted(c.name for c in cases("wcl", "fwd/*"))
+    assert case["torch"]

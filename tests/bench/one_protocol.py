@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 C100 = "clinfonce.py --recipe c100-small --clusters"
+C100_WCL = "wcl.py --recipe c100-small --beta"
 FASHION = "clinfonce.py --recipe fashion --clusters"
 NO_CATEGORY = "gender baseColour season year usage"
 SETS = {  # rows: name, labels that it saw, training command (None: the untrained network)
@@ -32,7 +33,9 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
               ("InfoNCE (instance)", "none", f"{C100} instance"),
               ("Cl-InfoNCE, K-means", "none", f"{C100} kmeans"),
               ("Cl-InfoNCE, coarse", "20 coarse classes", f"{C100} coarse"),
-              ("SupCon (fine)", "100 fine classes", f"{C100} label")]),
+              ("SupCon (fine)", "100 fine classes", f"{C100} label"),
+              ("SimCLR (WCL, beta 0)", "none", f"{C100_WCL} 0"),
+              ("WCL", "none", f"{C100_WCL} 1")]),
     "fashion": dict(
         untrained="--dataset npz --train-file fashion_attributes_96.npz --image-size 64 "
                   "--label articleType",
