@@ -81,6 +81,7 @@ RECIPES = {
     "imagenet-paper-200": dict(PAPER, epochs=200),                           # 70.3
     "imagenet-paper-800": dict(PAPER, epochs=800),                           # 72.2
 }
+OWN = ("demo", "c100-small", "cifar10", "cifar100", "imagenet100")  # the authors have none of these
 
 # ---------------------------------------------------------------------------------- loss
 
@@ -332,6 +333,10 @@ def train(args):
     def spec(step):
         return weak if step < weak_epochs * data.steps_per_epoch else strong
 
+    if args.recipe in OWN:
+        common.say(f"recipe {args.recipe}: values of this project, not a published setting of WCL")
+    if args.crops:
+        common.say("multi-crop: our reconstruction (E9), not confirmed by the paper or its code")
     if first_step == 0:
         with log.pause():
             log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data),
@@ -385,7 +390,8 @@ def train(args):
     name = "WCL" if args.beta > 0 else "SimCLR (WCL with beta 0)"
     more = words(log) + (picture(model, data, strong, args) if args.picture else [])
     common.summary(log, args, f"{name}, {args.dataset}", first_step, more, panels=[
-        ("purity", "purity of weak labels (%)"), ("components", "components in a batch")])
+        ("purity", "purity of weak labels (%)"), ("random", "purity of random groups (%)"),
+        ("components", "components in a batch")])
 
 
 def learning_rate(step, steps_per_epoch, args):
