@@ -101,23 +101,23 @@ def info_nce(z, Z, first=0, tau=0.1):
     """
     b, B = _sizes(z, Z, first, tau)
     row = first + torch.arange(b, device=z.device)
+    own, target = torch.cat([row, B + row]), torch.cat([B + row, row])  # (2b,) columns a and p(a)
     # differs from the released code: there the keys of other ranks are constants
     logits = z.flatten(0, 1) @ Z.flatten(0, 1).T / tau  # (2b, 2B)
-    itself, target = torch.cat([row, B + row]), torch.cat([B + row, row])  # (2b,) each; p(a) of E1
-    logits = logits.scatter(1, itself[:, None], float("-inf"))  # k != a
+    logits = logits.scatter(1, own[:, None], float("-inf"))  # k != a
     return F.cross_entropy(logits, target), logits, target  # E1
 
 
-def sup_con(logits, positive, itself=None, reduction="mean"):
+def sup_con(logits, positive, left_out=None, reduction="mean"):
     """Supervised contrastive loss of rows of logits (E4): the mean of log p is outside the log.
 
     Args: logits (..., n, m), similarities / tau; positive (n, m) bool, P(i) and perhaps i itself;
-    itself (n, m) bool: entries that are neither key nor positive, None for none.
+    left_out (n, m) bool: entries that are neither key nor positive (k = i in E4), None for none.
     Returns: mean over the rows that have a positive, 0 if none has; with reduction "none"
     (..., n), 0 in rows without positive.
     """
-    if itself is not None:
-        logits, positive = logits.masked_fill(itself, float("-inf")), positive & ~itself
+    if left_out is not None:
+        logits, positive = logits.masked_fill(left_out, float("-inf")), positive & ~left_out
     log_p = logits.log_softmax(-1)
     # differs from the released code: it exponentiates first, and overflows for tau below 0.0113
     count = positive.sum(-1)  # (n,) |P(i)|
@@ -141,10 +141,9 @@ def swapped(v, V, y, first=0, tau=0.1):
     if y.shape != (2, B):
         raise ValueError(f"weak labels {tuple(y.shape)} for 2 views of {B} rows")
     own = slice(first, first + b)
-    itself = torch.arange(B, device=v.device)[own, None] == torch.arange(B, device=v.device)
 
     def L_sup(m, labels):  # the keys are of the anchor's own view: E4
-        return sup_con(v[m] @ V[m].T / tau, labels[own, None] == labels, itself)
+        return sup_con(v[m] @ V[m].T / tau, labels[own, None] == labels, itself(b, V[m], first))
 
     return (L_sup(0, y[1]) + L_sup(1, y[0])) / 2  # E5; the factor is that of the released code
 
@@ -157,12 +156,16 @@ def multi_crop(zc, vc, Z, V, positive, first=0, tau=0.1):
     `info_nce`.
     Returns: L_cNCE, L_cK. A crop is never its own key, so nothing leaves the softmax.
     """
-    b, B = _sizes(Z[:, first:first + zc.shape[1]], Z, first, tau)
-    own = torch.arange(B, device=Z.device)[first:first + b, None] == torch.arange(B,
-                                                                                  device=Z.device)
+    own = itself(zc.shape[1], Z[0], first)
     L_cNCE = sum(sup_con(zc @ Z[m].T / tau, own) for m in (0, 1)) / 2
     L_cK = sum(sup_con(vc @ V[m].T / tau, positive[1 - m]) for m in (0, 1)) / 2  # m': 1 - m
     return L_cNCE, L_cK
+
+
+def itself(b, keys, first):
+    """(b, B) bool: where the rows first.. of the global batch meet themselves among keys (B, D)."""
+    column = torch.arange(len(keys), device=keys.device)
+    return column[first:first + b, None] == column
 
 
 def _sizes(x, keys, first, tau):
@@ -298,11 +301,11 @@ def graphs(model, data, spec, batches):
         with common.autocast(data.args, data.device):
             v = model(common.augment(batch))[1]
         V = common.gather(v, dim=1)
-        finite(batch.step, head2=V)
+        all_finite(batch.step, head2=V)
         yield common.gather(batch.rows), shared_labels(v, V, batch.first)
 
 
-def finite(step, **features):
+def all_finite(step, **features):
     """RunFailed that names the head whose features of the global batch are not finite."""
     for name, x in features.items():
         if not x.isfinite().all():
@@ -353,13 +356,13 @@ def train(args):
             z, v = network([view for part in (x, *crops) for view in part])  # (2 + C, b, D)
         z, zc = z.split([2, args.crops])
         Z = common.gather(z, dim=1)  # (2, B, D)
-        finite(step, head1=Z)
+        all_finite(step, head1=Z)
         nce, logits, target = info_nce(z, Z, batch.first, args.tau)  # E1
         loss, parts, about = args.alpha * nce, dict(nce=nce), {}
         if args.beta > 0:
             v, vc = v.split([2, args.crops])
             V = common.gather(v.detach(), dim=1)  # (2, B, D), no gradient to any key
-            finite(step, head2=V)
+            all_finite(step, head2=V)
             y = shared_labels(v, V, batch.first)  # (2, B): E2, E3
             parts["swap"] = swapped(v, V, y, batch.first, args.tau)  # E5
             loss = loss + args.beta * parts["swap"]  # E6
@@ -417,14 +420,15 @@ def crop_positives(v, V, y, first, args):
 
 def true_labels(data, args):
     """Column --label of the training images (N,), None unless all have one of at least two."""
-    label = data.train.column(args.label).to(data.device)
+    label = data.train.column(args.label)
     return label if label.min() >= 0 and label.unique().numel() > 1 else None
 
 
 def worth(y, rows, label, step, args):
     """`statistics` of the batch of a step, with random groups that depend on the step only."""
     order = torch.randperm(len(rows), generator=common.generator(args.seed, step, "random groups"))
-    return statistics(y, None if label is None else label[rows], order.to(y.device))
+    y, rows = y.cpu(), rows.cpu()  # small, and a device would be waited for at each count
+    return statistics(y, None if label is None else label[rows], order)
 
 
 def untrained(model, data, spec, label, batches=8):
@@ -479,7 +483,7 @@ def picture(model, data, spec, args, rows=8, columns=14, side=48):
         members, top = batch[y == c], 24 + i * (side + 8)
         text, right = f"{len(members)} images", [None] * len(members)
         if label is not None:
-            t = label.cpu()[members]
+            t = label[members]
             common_class = int(torch.bincount(t).argmax())
             right = (t == common_class).tolist()
             text += f"\n{sum(right)} of class\n{names[common_class] if names else common_class}"

@@ -20,12 +20,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from ranks import NS, blob_tables, close, many, normal
+from runs import SMALL, end, log_of, start, torchrun
 from scipy.sparse import csgraph, csr_matrix
 from torch import nn
 
 import common
 import wcl
-from runs import SMALL, end, log_of, start, torchrun
 
 B = 16
 CPU = torch.device("cpu")
@@ -311,7 +311,8 @@ def case_not_finite(folder):
     if common.rank() == common.world() - 1:
         x[1, 2, 0] = float("nan")
     try:
-        wcl.finite(5, head1=common.gather(torch.ones_like(x), dim=1), head2=common.gather(x, dim=1))
+        wcl.all_finite(5, head1=common.gather(torch.ones_like(x), dim=1),
+                       head2=common.gather(x, dim=1))
     except common.RunFailed as error:
         return str(error)
 
@@ -519,6 +520,17 @@ def test_last_lines_and_the_untrained_network(run_main, tmp_path, capsys):
     assert first["components"] == sum(n for n, _ in found) / 8
     assert first["purity"] == pytest.approx(sum(p for _, p in found) / 8)
     assert first["random"] < 60 and 5 < first["completeness"] < 100
+
+
+@pytest.mark.parametrize("largest", [90, 91])
+def test_useless_weak_labels_are_named(largest):
+    records = [dict(step=0, knn_top1=1.0, components=3.0, size=9.0, largest=95.0),
+               dict(step=1, components=1.5, size=11.25, largest=largest), dict(step=1, knn_top1=2)]
+    lines = wcl.words(SimpleNamespace(records=lambda: records))
+    assert lines[:2] == ["  weak labels  untrained: 3.0 components of 9.0 images",
+                         "  weak labels  trained: 1.5 components of 11.2 images"]
+    assert len(lines) == (3 if largest > 90 else 2)
+    assert lines[-1].startswith("  warning      one component holds 91 %") == (largest > 90)
 
 
 def test_picture_of_a_finished_run(run_main, tmp_path, capsys):
