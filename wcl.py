@@ -391,7 +391,9 @@ def train(args):
         if common.stopping():
             break
     name = "WCL" if args.beta > 0 else "SimCLR (WCL with beta 0)"
-    more = words(log) + (picture(model, data, strong, args) if args.picture else [])
+    more = words(log)
+    if args.picture and not common.stopping():
+        more += picture(model, data, strong, args)
     common.summary(log, args, f"{name}, {args.dataset}", first_step, more, panels=[
         ("purity", "purity of weak labels (%)"), ("random", "purity of random groups (%)"),
         ("components", "components in a batch")])

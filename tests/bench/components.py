@@ -5,7 +5,7 @@
 
 Features are random unit vectors in 256-d (about 0.3 B components) and, the worst case for walks, a
 chain: one component whose nodes hang on each other in a row. Beside it, the components by scipy's
-routine. Memory is that of a process of its own, above the features.
+routine, which must be installed. Memory is that of a process of its own, above the features.
 """
 import argparse
 import resource
