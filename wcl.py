@@ -186,6 +186,9 @@ def _sizes(x, keys, first, tau):
 def neighbours(v, V, first=0, k=1, block=2 ** 25):
     """The k most similar other rows of each row (E2, E9), ties by the lowest index.
 
+    Ties are similarities within 16 eps of each other: those of equal rows differ by rounding, and
+    not alike for every shape of the product, so that the number of ranks would show.
+
     Args: v (b, D), rows first.. of V (B, D), unit-norm; block: similarities at a time, so that
     memory does not grow with B^2.
     Returns: (b, min(k, B - 1)) int64, most similar first.
@@ -194,15 +197,19 @@ def neighbours(v, V, first=0, k=1, block=2 ** 25):
     B = len(V)
     if B < 2:
         raise ValueError(f"WCL needs a global batch of at least 2, got {B}")
-    found, size = [], max(1, block // B)
+    found, size, tie = [], max(1, block // B), 16 * torch.finfo(V.dtype).eps
     for start in range(0, len(v), size):
         S = v[start:start + size] @ V.T  # (size, B)
         row = first + start + torch.arange(len(S), device=v.device)
         # j != i; differs from the released code: it subtracts 2, which ties with a cosine of -1
         S.scatter_(1, row[:, None], float("-inf"))
-        # both give the first of equal values; differs from the released code: top-k gives any
-        found.append(S.max(1, keepdim=True).indices if k == 1 else
-                     S.sort(dim=1, descending=True, stable=True).indices[:, :min(k, B - 1)])
+        # differs from the released code: among equals top-k gives any, here it is the first
+        if k == 1:
+            best = S.max(1, keepdim=True).values
+            found.append((S >= best - tie).byte().argmax(1, keepdim=True))
+        else:
+            order = (S / tie).round().sort(dim=1, descending=True, stable=True).indices
+            found.append(order[:, :min(k, B - 1)])
     return torch.cat(found)
 
 

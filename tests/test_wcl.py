@@ -196,6 +196,25 @@ def test_ties_take_the_lowest_index():
     assert wcl.neighbours(unit(0, 180), unit(0, 180))[:, 0].tolist() == [1, 0]  # not themselves
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size, width", [(5, 8), (9, 64), (13, 13), (33, 6), (50, 128), (257, 64)])
+def test_equal_features_tie_whatever_the_product_rounds(size, width, dtype):
+    """Equal rows of V give columns of V V^T that differ by an eps or two, depending on shapes."""
+    x = normal(size, width, seed=size).to(dtype)
+    equal = torch.tensor([0, 1, 2, 3, size - 1])
+    x[equal] = x[0].clone()
+    V = F.normalize(x, dim=1)
+    n = wcl.neighbours(V, V)[:, 0]
+    assert n[equal].tolist() == [1, 0, 0, 0, 0]
+    exact = V.double() @ V.double().T
+    exact[:, equal] = exact[:, :1].clone()
+    assert torch.equal(n, exact.fill_diagonal_(-math.inf).argmax(1))
+    for own in (slice(0, 2), slice(2, size)):  # as the ranks have it
+        assert torch.equal(wcl.neighbours(V[own], V, own.start)[:, 0], n[own])
+    near = wcl.neighbours(V, V, k=4)[equal]
+    assert near.tolist() == [[j for j in equal.tolist() if j != i] for i in equal.tolist()]
+
+
 def test_tied_features_keep_the_invariants():
     g = torch.Generator().manual_seed(3)
     for _ in range(20):
@@ -267,6 +286,13 @@ TRAININGS = {
 }
 
 
+def features_with_ties():
+    """(2, 48, 13) unit vectors in float64, of which many are equal."""
+    x = normal(2, 48, 13, seed=3)
+    x[:, 5::3] = x[:, 2:3]
+    return F.normalize(x, dim=2)
+
+
 def train(folder, more):
     """A whole short run of wcl.train; the weights at its end."""
     made = []
@@ -302,11 +328,13 @@ def case_train(folder):
 
 
 def case_labels(folder):
-    """Weak labels of float32 features, as every rank has them."""
-    V = F.normalize(normal(2, 64, 8, seed=3).float(), dim=2)
-    own = ranks.own_rows(64)
-    v = V[:, own]
-    return dict(y=wcl.shared_labels(v, common.gather(v, dim=1), own.start))
+    """Weak labels as every rank has them, of features with ties and of others in float32."""
+    found = {}
+    for name, V in (("ties", features_with_ties()), ("float32", normal(2, 48, 8, seed=4).float())):
+        V = F.normalize(V, dim=2)
+        own = ranks.own_rows(48)
+        found[name] = wcl.shared_labels(V[:, own], common.gather(V[:, own], dim=1), own.start)
+    return found
 
 
 def case_not_finite(folder):
@@ -358,10 +386,12 @@ def test_a_gather_without_gradient_would_be_noticed(results, N):
 
 @pytest.mark.parametrize("N", NS)
 def test_weak_labels_are_the_same_on_all_ranks(results, N):
-    V = F.normalize(normal(2, 64, 8, seed=3).float(), dim=2)
+    one = results[1][0]["labels"]
+    for m in (0, 1):
+        assert torch.equal(one["ties"][m], wcl.weak_labels(features_with_ties()[m]))
     for r in results[N]:
-        for m in (0, 1):
-            assert torch.equal(r["labels"]["y"][m], wcl.weak_labels(V[m]))
+        for name in ("ties", "float32"):
+            assert torch.equal(r["labels"][name], one[name]) and one[name].max() > 2
 
 
 @pytest.mark.parametrize("N", NS)
