@@ -79,7 +79,7 @@ RECIPES = {
     #                                                                         heads 2048/128
     "imagenet-paper": PAPER,                                                 # 68.1
     "imagenet-paper-200": dict(PAPER, epochs=200),                           # 70.3
-    "imagenet-paper-800": dict(PAPER, epochs=800),                           # 72.2
+    "imagenet-paper-800": dict(PAPER, epochs=800),                  # 72.2 (an earlier README)
 }
 OWN = ("demo", "c100-small", "cifar10", "cifar100", "imagenet100")  # the authors have none of these
 
@@ -146,6 +146,24 @@ def swapped(v, V, y, first=0, tau=0.1):
         return sup_con(v[m] @ V[m].T / tau, labels[own, None] == labels, itself(b, V[m], first))
 
     return (L_sup(0, y[1]) + L_sup(1, y[0])) / 2  # E5; the factor is that of the released code
+
+
+def wcl_loss(z, v, Z=None, V=None, y=None, first=0, tau=0.1, alpha=1.0, beta=1.0):
+    """Total of both heads (E6); in one process `wcl_loss(z, v)` is all that a training needs.
+
+    Args: z, v (2, b, D) unit-norm outputs of the heads; Z, V (2, B, D) those of the global batch, y
+    (2, B) the weak labels, as `info_nce` and `swapped` want them (None: of these rows); with beta 0
+    v, V, y are not looked at.
+    Returns: dict of loss and nce, of swap (with beta above 0), and of info_nce's logits and target.
+    """
+    nce, logits, target = info_nce(z, z if Z is None else Z, first, tau)  # E1
+    found = dict(loss=alpha * nce, nce=nce, logits=logits, target=target)
+    if beta > 0:
+        V = v.detach() if V is None else V
+        y = torch.stack([weak_labels(x) for x in V]) if y is None else y  # E2, E3
+        found["swap"] = swapped(v, V, y, first, tau)  # E5
+        found["loss"] = found["loss"] + beta * found["swap"]  # E6
+    return found
 
 
 def multi_crop(zc, vc, Z, V, positive, first=0, tau=0.1):
@@ -362,24 +380,23 @@ def train(args):
         with common.autocast(args, device):
             z, v = network([view for part in (x, *crops) for view in part])  # (2 + C, b, D)
         z, zc = z.split([2, args.crops])
-        Z = common.gather(z, dim=1)  # (2, B, D)
+        Z, V, y, about = common.gather(z, dim=1), None, None, {}  # (2, B, D)
         all_finite(step, head1=Z)
-        nce, logits, target = info_nce(z, Z, batch.first, args.tau)  # E1
-        loss, parts, about = args.alpha * nce, dict(nce=nce), {}
         if args.beta > 0:
             v, vc = v.split([2, args.crops])
             V = common.gather(v.detach(), dim=1)  # (2, B, D), no gradient to any key
             all_finite(step, head2=V)
             y = shared_labels(v, V, batch.first)  # (2, B): E2, E3
-            parts["swap"] = swapped(v, V, y, batch.first, args.tau)  # E5
-            loss = loss + args.beta * parts["swap"]  # E6
             about = worth(y, common.gather(batch.rows), label, step, args)
+        found = wcl_loss(z, v, Z, V, y, batch.first, args.tau, args.alpha, args.beta)  # E6
+        loss, logits, target = (found.pop(name) for name in ("loss", "logits", "target"))
         if args.crops:
             positive = crop_positives(v, V, y, batch.first, args)
-            parts["crop_nce"], parts["crop_k"] = multi_crop(
+            found["crop_nce"], found["crop_k"] = multi_crop(
                 zc, vc, Z.detach(), V, positive, batch.first, args.tau)
-            loss = loss + args.gamma * parts["crop_nce"] + args.delta * parts["crop_k"]  # E9
-        parts["top1"] = 100 * (logits.argmax(1) == target).float().mean()
+            loss = loss + args.gamma * found["crop_nce"] + args.delta * found["crop_k"]  # E9
+        hit = logits.topk(min(5, len(Z.flatten(0, 1)) - 1)).indices == target[:, None]  # (2b, 5)
+        found.update(top1=100 * hit[:, 0].float().mean(), top5=100 * hit.any(1).float().mean())
 
         lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
         optimizer.zero_grad(set_to_none=True)
@@ -387,8 +404,8 @@ def train(args):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        means = common.total(torch.stack([p.detach() for p in parts.values()])) / common.world()
-        log(step, loss=value, lr=lr, **dict(zip(parts, means.tolist(), strict=True)), **about)
+        means = common.total(torch.stack([x.detach() for x in found.values()])) / common.world()
+        log(step, loss=value, lr=lr, **dict(zip(found, means.tolist(), strict=True)), **about)
 
         if data.end_of_epoch(step, every=args.knn_every):
             with log.pause():

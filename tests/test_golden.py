@@ -792,6 +792,10 @@ def test_wcl_forward(case):
     for r in range(W):
         nce, swap, logits, target = wcl_losses(r, z, v, y, tau)
         loss = nce + swap
+        Z, V = (torch.cat([F.normalize(x, dim=-1) for x in xs], 1).detach() for xs in (z, v))
+        i = slice(sum(sizes[:r]), sum(sizes[:r + 1]))
+        total = wcl.wcl_loss(Z[:, i], V[:, i], Z, V, y, i.start, tau)
+        exact(total["loss"], case[f"loss_r{r}"], what="wcl_loss")
         columns = their_columns(r, sizes)
         exact(logits.gather(1, columns), case[f"logits_r{r}"], what="logits")
         place = columns.gather(1, case[f"target_r{r}"][:, None])[:, 0]

@@ -52,6 +52,23 @@ def test_worked_example():
     assert wcl.swapped(EXAMPLE, EXAMPLE, y).item() == pytest.approx(9.212034, abs=1e-6)
     assert wcl.swapped(EXAMPLE, EXAMPLE, y.flip(0)).item() == pytest.approx(0.000883, abs=1e-6)
     assert wcl.info_nce(EXAMPLE, EXAMPLE)[0].item() == pytest.approx(5.175741, abs=1e-6)
+    found = wcl.wcl_loss(EXAMPLE, EXAMPLE, alpha=2.0, beta=3.0)
+    assert found["loss"].item() == pytest.approx(2 * 5.175741 + 3 * 9.212034, abs=1e-5)
+    alone = wcl.wcl_loss(EXAMPLE, None, alpha=2.0, beta=0.0)
+    assert alone["loss"].item() == pytest.approx(2 * 5.175741, abs=1e-5) and "swap" not in alone
+
+
+def test_the_weak_loss_has_no_gradient_through_its_keys():
+    z = F.normalize(normal(2, 9, 5), dim=2).requires_grad_()
+    v = F.normalize(normal(2, 9, 5, seed=1), dim=2).requires_grad_()
+    wcl.wcl_loss(z, v)["loss"].backward()
+    y = torch.stack([wcl.weak_labels(x.detach()) for x in v])
+    keys, anchors = v.detach().clone(), v.detach().clone().requires_grad_()
+    wcl.swapped(anchors, keys, y).backward()
+    close(v.grad, anchors.grad)
+    everywhere = v.detach().clone().requires_grad_()
+    wcl.swapped(everywhere, everywhere, y).backward()
+    assert (everywhere.grad - v.grad).abs().max() > 1e-3
 
 
 def test_two_images_have_nothing_to_tell_apart():
@@ -473,6 +490,7 @@ def test_training_is_the_loop_of_the_equations(results, folder, name):
         assert lines[step]["loss"] == pytest.approx(loss.item(), abs=1e-9)
         assert lines[step]["lr"] == pytest.approx(lr, abs=1e-12)
         assert lines[step]["step"] == step + 1
+        assert 0 <= lines[step]["top1"] <= lines[step]["top5"] <= 100
         if y is not None:
             assert lines[step]["components"] == pytest.approx(
                 (y[0].max().item() + y[1].max().item()) / 2 + 1)
