@@ -530,7 +530,7 @@ def picture(model, data, spec, args, rows=8, columns=14, side=48):
 
 
 def check(args):
-    """BadInput for flags that cannot work, before anything is read; a word about the recipe."""
+    """BadInput for flags that cannot work, before anything is read."""
     if args.batch_size < 2:
         raise common.BadInput(f"--batch-size {args.batch_size}: WCL needs a global batch of at "
                               "least 2, an image needs a neighbour")
