@@ -513,6 +513,25 @@ def test_the_trainings_differ_from_each_other(results):
     close(found["kind"], found["lars"])
 
 
+# ------------------------------------------------------------------ the network
+
+
+def test_statistics_of_batchnorm_are_per_view():
+    model = wcl.WCL(flags()).train()
+    x = normal(3, 8, 3, 16, 16).float()
+    x[1:] = 5 * x[1:] + 3
+    z, v = model([x[0], x[1]])
+    again = model([x[0], x[2]])
+    assert torch.equal(z[0], again[0][0]) and torch.equal(v[0], again[1][0])
+    assert not torch.allclose(z[1], again[0][1])
+    assert {k: int(b) for k, b in model.named_buffers() if k.endswith("tracked")} == {
+        k: 4 for k, _ in model.named_buffers() if k.endswith("tracked")}
+    close(z.norm(dim=2), torch.ones(2, 8), 1e-6)
+    assert z.shape == v.shape == (2, 8, 6) and not torch.allclose(z, v)
+    alone = wcl.WCL(flags("--beta", "0"))
+    assert alone([x[0], x[1]])[1] is None
+
+
 # ------------------------------------------------------------------ runs
 
 
