@@ -46,8 +46,8 @@ import common
 
 # [S] the authors' scripts, [D] defaults and code they run with, [A] the first author in their issue
 # tracker, [K] chosen for this project, not tuned and not from the paper
-SMALL = dict(  # [K] what clinfonce.py has: one warm-up epoch, cosine
-    lr=0.5, momentum=0.9, nesterov=True, weight_decay=1e-4, schedule="cosine", warmup=1,
+SMALL = dict(  # [K] as clinfonce.py, but with the rate of [S]: at 0.5, T = 0.1, NPID does not learn
+    lr=0.06, momentum=0.9, nesterov=True, weight_decay=1e-4, schedule="cosine", warmup=1,
     batch_size=256, channels_last=True)
 NPID = dict(  # [S] train_cifar10_npid_cld.sh and train_cifar_npid_cld.py
     base="npid", head="linear", nce=0, bank_momentum=0.5, tau=0.1, knn_t=0.1,
@@ -75,7 +75,7 @@ RECIPES = {
         NPID | SMALL, dataset="shapes-views", epochs=20, crop=[0.5, 1.0], k=24),
     "c100-small": dict(  # [K] the protocol that all methods share on a CPU; [S] CLD as in cifar100
         NPID | SMALL, dataset="cifar100", limit_train=10000, epochs=15, crop=[0.08, 1.0], k=200,
-        knn_every=15),
+        knn_t=0.07, knn_every=15),
     "cifar10": NPID | CIFAR,  # [S]
     "cifar100": dict(NPID | CIFAR, dataset="cifar100", k=200),  # [S] train_cifar100_npid_cld.sh
     "cifar10-moco": MOCO,

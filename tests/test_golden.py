@@ -1160,7 +1160,8 @@ def test_cld_lr(case):
         flags = dict(schedule="infomin", warmup=case.get("warm_epochs"))
     if "warmup_from" in case:
         start = case.get("warmup_from")
-        ours = [cld.infomin_rate(s, iters, E, base, flags["warmup"], start) for s in range(E * iters)]
+        ours = [cld.infomin_rate(s, iters, E, base, flags["warmup"], start)
+                for s in range(E * iters)]
         close(ours, expected, what="infomin_rate")
         if start != 0.01:  # what --schedule infomin has
             return
