@@ -701,7 +701,7 @@ class _Crops:
             boxes = crop_boxes(torch.from_numpy(u), H, W, spec["crop"], spec["ratio"])
         cut = [image.crop((x, y, x + w, y + h)).resize((S, S), Image.Resampling.BILINEAR)
                for y, x, h, w in boxes.tolist()]
-        if spec["randaugment"]:
+        if spec.get("randaugment"):
             cut = [randaugment(c, seed, spec) for c, seed in zip(cut, seeds, strict=True)]
         return np.stack([np.asarray(c).transpose(2, 0, 1) for c in cut])
 
