@@ -577,6 +577,69 @@ def test_variants_stop_and_go_on_exactly(goes_on_exactly, tmp_path, name):
     assert [line["lr"] for line in lines] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["npid", "nce", "moco", "infomin", "byol"])
+def test_the_first_step_by_hand(run_main, tmp_path, name):
+    """What train() puts together: views, targets, losses, and what changes after the step."""
+    argv = [*FLAGS, *VARIANTS[name], "--limit-train", "16", "--epochs", "1", "--amp", "none",
+            "--key-momentum", "0.9", "--tau", "0.3", "--lambda-cld", "0.7", "--beta", "0.2",
+            "--warmup", "0", "--lr", "0.5"]
+    state = run_main(cld.main, "run", argv)["state"]
+    args = parse(*argv)
+    torch.manual_seed(0)
+    net = cld.CLD(args).train()
+    first = {k: v.clone() for k, v in net.state_dict().items()}
+    data, spec = common.load(args, CPU), common.augmentation(args)
+    more = [(cld.jigsaw_spec(args), 1)] if name == "infomin" else []
+    batch = next(data.batches(0, 1, spec, 2 if name in ("npid", "nce", "byol") else 3, more))
+    x, rows, t = common.augment(batch), batch.rows, args.tau
+    bank, queue = cld.memory(args, 16, CPU)
+    key = cld.copy.deepcopy(net)
+    out = net(x[0], x[1], **(cld.jigsaw(batch, args) if more else {}))
+    f = out["f_I"].detach()
+    if name == "npid":
+        instance = sum(F.cross_entropy(v @ bank.V.T / t, rows) for v in f) / 2
+    elif name == "nce":
+        P = [(v[:, None] * bank.V[cld.sampled(batch, i, 16, args)]).sum(2).div(t).exp()
+             for i, v in enumerate(f)]
+        Z, noise = 16 * P[0].mean(), 9 / 16
+        close(state["bank"]["Z"], Z, 1e-5)
+        instance = -sum(((p[:, 0] / (p[:, 0] + noise * Z)).log() +
+                         (noise * Z / (p[:, 1:] + noise * Z)).log().sum(1)).mean() for p in P) / 2
+    elif name == "byol":
+        z = [F.normalize(key.instance(key.backbone(v)), dim=1) for v in x]
+        p = out["p"]
+        instance = ((p[0] - z[1]) ** 2 + (p[1] - z[0]) ** 2).sum(1).mean() / 2
+    else:
+        keys = key(x[2])["f_I"][0].detach()  # the third view
+        queries = [f[0], f[1]] if name == "moco" else [f[0], f[1], out["q_jig"]]
+        losses = [F.cross_entropy(torch.cat([(q * keys).sum(1)[:, None], q @ queue.keys.T], 1) / t,
+                                  torch.zeros(16, dtype=torch.int64)) for q in queries]
+        instance = (losses[0] + losses[1]) / 2
+        if name == "infomin":
+            instance = 0.8 * instance + 0.2 * losses[2]
+        expected = torch.cat([keys, queue.keys[16:]])  # at the front, and the pointer behind them
+        close(state["queue"]["keys"], expected, 1e-5)
+        assert state["queue"]["ptr"] == 16
+    g1, g2 = out["f_G"].detach()
+    (ids1, M1), (ids2, M2) = cld.group(g1, 5, 5), cld.group(g2, 5, 5)
+    group = (F.cross_entropy(g1 @ M2.T / 0.2, ids2) + F.cross_entropy(g2 @ M1.T / 0.2, ids1)) / 2
+    accuracy = 100 * ((g1 @ M2.T).argmax(1) == ids2).double().mean()
+    line = next(line for line in log_of(tmp_path / "run") if "loss" in line)
+    found = [line[k] for k in ("instance", "cld", "loss", "group_acc")]
+    assert found == pytest.approx([instance.item(), group.item(),
+                                   (instance + 0.7 * group).item(), accuracy.item()], rel=1e-4)
+    if bank is not None:
+        for view in (1, 0):
+            bank.V[rows] = F.normalize(0.5 * bank.V[rows] + 0.5 * f[view], dim=1)
+        close(state["bank"]["V"], bank.V, 1e-5)
+    else:
+        for name, value in state["model"].items():
+            if name.endswith("weight"):  # theta_q after the step of SGD
+                close(state["key"][name], 0.9 * first[name] + 0.1 * value, 1e-5)
+        assert not torch.equal(state["model"]["backbone.conv1.weight"],
+                               first["backbone.conv1.weight"])
+
+
 def test_what_a_resumed_run_needs_is_in_the_checkpoint(run_main, tmp_path):
     """Negative control: with another bank, Z, queue, pointer or key it ends elsewhere."""
     for argv, parts in (([*FLAGS, "--nce", "9"], [("bank", "V"), ("bank", "Z")]),
