@@ -328,7 +328,7 @@ class Bank(nn.Module):
     def __init__(self, V):
         super().__init__()
         self.register_buffer("V", V)
-        self.register_buffer("Z", torch.tensor(-1.0, dtype=V.dtype))
+        self.register_buffer("Z", V.new_tensor(-1.0))
 
     @torch.no_grad()
     def set_Z(self, exps):

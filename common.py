@@ -412,7 +412,8 @@ def _folder(args):
     """ImageFolder layout: DIR/train/<class>/*.jpg and DIR/val (or test)/<class>/*.jpg.
 
     Without DIR/train the classes stand in DIR itself (or the images, unlabelled), and every fifth
-    image of a class is held out. --classes FILE: use these class folders only, one name a line.
+    image of a class is held out. --classes FILE: use these class folders only, one name a line
+    (or all on one line, between blanks).
     """
     root = Path(args.data_dir)
     if not root.is_dir():
@@ -428,6 +429,8 @@ def _folder(args):
             raise BadInput(f"--classes {args.classes}: {reason}") from None
         # "n01558993<TAB>robin" names the folder first; blank lines and # lines are comments
         wanted = [s.split("\t")[0].strip() for s in lines if s.strip() and s.strip()[0] != "#"]
+        if len(wanted) == 1 and wanted[0] not in names:  # ImageNet-100 of CMC: one line of 100
+            wanted = wanted[0].split()
         if missing := sorted(set(wanted) - set(names)):
             raise BadInput(f"--classes {args.classes}: no folder in {base} for {missing[:3]}")
         names = sorted(set(wanted))

@@ -511,6 +511,15 @@ def test_randaugment_in_the_workers(tmp_path):
         assert changed.sum() >= 6 and views.shape == (8, 3, 8, 8)
 
 
+def test_class_list_on_one_line(tmp_path):
+    """The list of ImageNet-100 that CLD and CMC use."""
+    write_folder(tmp_path / "x", {f"{split}/{c}": 1 for split in ("train", "val") for c in "abcd"})
+    (tmp_path / "list.txt").write_text("d b c\n")
+    args = parse("--dataset", "folder", "--data-dir", str(tmp_path / "x"), "--batch-size", "1",
+                 "--classes", str(tmp_path / "list.txt"))
+    assert common.load(args, CPU).train.classes["label"] == ["b", "c", "d"]
+
+
 # ------------------------------------------------------------------ whole runs
 
 SCRIPT = ["cld.py"]
@@ -595,18 +604,18 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
     bank, queue = cld.memory(args, 16, CPU)
     key = cld.copy.deepcopy(net)
     out = net(x[0], x[1], **(cld.jigsaw(batch, args) if more else {}))
-    f = out["f_I"].detach()
+    f = out["f_I"]
     if name == "npid":
         instance = sum(F.cross_entropy(v @ bank.V.T / t, rows) for v in f) / 2
     elif name == "nce":
         P = [(v[:, None] * bank.V[cld.sampled(batch, i, 16, args)]).sum(2).div(t).exp()
              for i, v in enumerate(f)]
-        Z, noise = 16 * P[0].mean(), 9 / 16
+        Z, noise = 16 * P[0].mean().detach(), 9 / 16
         close(state["bank"]["Z"], Z, 1e-5)
         instance = -sum(((p[:, 0] / (p[:, 0] + noise * Z)).log() +
                          (noise * Z / (p[:, 1:] + noise * Z)).log().sum(1)).mean() for p in P) / 2
     elif name == "byol":
-        z = [F.normalize(key.instance(key.backbone(v)), dim=1) for v in x]
+        z = [F.normalize(key.instance(key.backbone(v)), dim=1).detach() for v in x]
         p = out["p"]
         instance = ((p[0] - z[1]) ** 2 + (p[1] - z[0]) ** 2).sum(1).mean() / 2
     else:
@@ -620,7 +629,7 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
         expected = torch.cat([keys, queue.keys[16:]])  # at the front, and the pointer behind them
         close(state["queue"]["keys"], expected, 1e-5)
         assert state["queue"]["ptr"] == 16
-    g1, g2 = out["f_G"].detach()
+    g1, g2 = out["f_G"]
     (ids1, M1), (ids2, M2) = cld.group(g1, 5, 5), cld.group(g2, 5, 5)
     group = (F.cross_entropy(g1 @ M2.T / 0.2, ids2) + F.cross_entropy(g2 @ M1.T / 0.2, ids1)) / 2
     accuracy = 100 * ((g1 @ M2.T).argmax(1) == ids2).double().mean()
@@ -628,16 +637,20 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
     found = [line[k] for k in ("instance", "cld", "loss", "group_acc")]
     assert found == pytest.approx([instance.item(), group.item(),
                                    (instance + 0.7 * group).item(), accuracy.item()], rel=1e-4)
+    optimizer = common.optimizer(args, net)
+    common.set_lr(optimizer, line["lr"])
+    (instance + 0.7 * group).backward()  # through the centroids
+    optimizer.step()
+    for n, p in net.named_parameters():
+        close(state["model"][n], p.detach(), 2e-5)
+        assert not torch.equal(state["model"][n], first[n]) or n.startswith("jigsaw")
     if bank is not None:
-        for view in (1, 0):
-            bank.V[rows] = F.normalize(0.5 * bank.V[rows] + 0.5 * f[view], dim=1)
+        for view in f.detach().flip(0):
+            bank.V[rows] = F.normalize(0.5 * bank.V[rows] + 0.5 * view, dim=1)
         close(state["bank"]["V"], bank.V, 1e-5)
     else:
-        for name, value in state["model"].items():
-            if name.endswith("weight"):  # theta_q after the step of SGD
-                close(state["key"][name], 0.9 * first[name] + 0.1 * value, 1e-5)
-        assert not torch.equal(state["model"]["backbone.conv1.weight"],
-                               first["backbone.conv1.weight"])
+        for n, _ in net.named_parameters():  # theta_q after the step of SGD
+            close(state["key"][n], 0.9 * first[n] + 0.1 * state["model"][n], 1e-5)
 
 
 def test_what_a_resumed_run_needs_is_in_the_checkpoint(run_main, tmp_path):

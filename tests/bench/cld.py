@@ -3,11 +3,11 @@
     python tests/bench/cld.py                                    # CPU, one thread
     python tests/bench/cld.py --device cuda --amp bf16 --network-batch 256
 
-First table: seconds of grouping + cross-level loss, forward and backward, beside a whole step of
+First table: peak memory and seconds of the full softmax (E2) against the size of the bank, each in
+a process of its own, forward and backward, with all logits at once and by blocks.
+Second table: seconds of grouping + cross-level loss, forward and backward, beside a whole step of
 the base method (NPID, two views of 32 x 32, ResNet-18 with CIFAR stem) at the same batch. The step
 is measured with --network-batch images and taken in proportion to the batch; the median of three.
-Second table: peak memory and seconds of the full softmax (E2) against the size of the bank, each in
-a process of its own, forward and backward, with all logits at once and by blocks.
 """
 import argparse
 import resource
@@ -103,14 +103,6 @@ def main():
         print(*softmax(args.one[0], args.rows, args.one[1], device))
         return
     print(f"{common.device_name(device)}, torch {torch.__version__}, 1 CPU thread, amp {args.amp}")
-    image = base_step(args, device)
-    print(f"{'batch':>6} {'k':>5} {'grouping':>9} {'CLD s':>8} {'base step s':>12} "
-          f"{'CLD / base':>11}")
-    for B, k in ((256, 128), (4096, 1000)):
-        for grouping in ("kmeans", "ncuts") if B < 1000 else ("kmeans",):
-            s = added(B, k, grouping, device)
-            print(f"{B:6d} {k:5d} {grouping:>9} {s:8.4f} {B * image:12.2f} "
-                  f"{100 * s / (B * image):9.2f} %", flush=True)
     print(f"softmax over the bank, {args.rows} rows, D = 128, one view")
     print(f"{'n':>9} {'bank MB':>8} {'way':>6} {'peak above it MB':>17} {'seconds':>8}")
     for n in args.bank:
@@ -120,6 +112,14 @@ def main():
                  "--rows", str(args.rows)], check=True, capture_output=True, text=True).stdout
             peak, s = map(float, out.split())
             print(f"{n:9d} {n * 512 / 2 ** 20:8.0f} {way:>6} {peak:17.0f} {s:8.2f}", flush=True)
+    image = base_step(args, device)
+    print(f"{'batch':>6} {'k':>5} {'grouping':>9} {'CLD s':>8} {'base step s':>12} "
+          f"{'CLD / base':>11}")
+    for B, k in ((256, 128), (4096, 1000)):
+        for grouping in ("kmeans", "ncuts") if B < 1000 else ("kmeans",):
+            s = added(B, k, grouping, device)
+            print(f"{B:6d} {k:5d} {grouping:>9} {s:8.4f} {B * image:12.2f} "
+                  f"{100 * s / (B * image):9.2f} %", flush=True)
 
 
 if __name__ == "__main__":
