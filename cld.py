@@ -72,7 +72,8 @@ IMAGENET = dict(  # [S] train_imagenet_mocov2_cld.sh; the rate is not scaled
     amp="auto", channels_last=True, knn_every=50, save_every=5)
 RECIPES = {
     "demo": dict(  # [K] 512 objects, eight renders of each; k = number of classes, see kitchen
-        NPID | SMALL, dataset="shapes-views", epochs=20, crop=[0.5, 1.0], k=24),
+        NPID | SMALL, dataset="shapes-views", epochs=30, batch_size=128, lr=0.03, k=24,
+        crop=[0.5, 1.0]),
     "c100-small": dict(  # [K] the protocol that all methods share on a CPU; [S] CLD as in cifar100
         NPID | SMALL, dataset="cifar100", limit_train=10000, epochs=15, crop=[0.08, 1.0], k=200,
         knn_t=0.07, knn_every=15),

@@ -522,7 +522,6 @@ def test_class_list_on_one_line(tmp_path):
 
 # ------------------------------------------------------------------ whole runs
 
-SCRIPT = ["cld.py"]
 FLAGS = [*SMALL, "--dataset", "shapes", "--k", "5", "--knn-every", "1"]
 PAIR = [*FLAGS, "--base", "moco", "--queue", "35"]
 VARIANTS = {
@@ -538,16 +537,6 @@ VARIANTS = {
                 "--warmup", "1"],
     "byol": ["--base", "byol", "--key-momentum", "0.9", "--head", "mlp"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torchrun_in_the_background(tmp_path_factory):
-    """Two processes of torchrun, started with the first test of this file."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    process = start([*PAIR, "--out", folder / "run"],
-                    torchrun(*SCRIPT, "--standalone", "--nproc_per_node=2"))
-    yield process, folder / "run"
-    stop_started()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -675,9 +664,13 @@ def test_what_a_resumed_run_needs_is_in_the_checkpoint(run_main, tmp_path):
             assert part == "" or "/model/instance.weight" in found or buffer == "ptr"
 
 
-def test_two_processes_of_torchrun(torchrun_in_the_background):
-    process, folder = torchrun_in_the_background
-    run = end(process)
+def test_two_processes_of_torchrun(tmp_path):
+    folder = tmp_path / "run"
+    try:
+        run = end(start([*PAIR, "--out", folder],
+                        torchrun("cld.py", "--standalone", "--nproc_per_node=2")))
+    finally:
+        stop_started()
     assert run.status == 0, run.err
     log = log_of(folder)
     knn = [line["knn_top1"] for line in log if "knn_top1" in line]
