@@ -281,8 +281,8 @@ class CLD(nn.Module):
             for m in self.backbone.modules():
                 if isinstance(m, nn.Conv2d):
                     m.reset_parameters()
-        d, D, with_cld, is_byol = self.backbone.width, args.dim, args.lambda_cld > 0, \
-            args.base == "byol"
+        d, D = self.backbone.width, args.dim
+        with_cld, is_byol = args.lambda_cld > 0, args.base == "byol"
         last = "normlinear" if args.head.startswith("norm") else "linear"
         mlp = args.head.endswith("mlp") and (with_cld or not is_byol)
         self.hidden = nn.Sequential(nn.Linear(d, d), nn.ReLU()) if mlp else nn.Identity()
@@ -597,7 +597,8 @@ def main(argv=None):
     add("--iters", type=int, default=5, help="rounds of k-means in the batch")
     add("--tau-cld", type=float, default=0.2, help="T_G of E7")
     add("--grouping", default="kmeans", choices=["kmeans", "ncuts"], help="E6, or E10")
-    add("--k-eigen", type=int, default=10, help="eigenvectors that --grouping ncuts uses")
+    add("--k-eigen", type=int, default=10, help="eigenvectors that --grouping ncuts uses; "
+        "there is no published value")
     add("--group-scope", default="global", choices=["global", "rank"],
         help="rows that are grouped together: the global batch, or those of a process")
     add("--head", default="linear", choices=["linear", "normlinear", "mlp", "normmlp"],
