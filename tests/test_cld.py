@@ -423,6 +423,19 @@ def test_views_have_their_own_batch_statistics():
     assert (net(torch.cat([a, b + 3]))["f_I"][0, :6] - out["f_I"][0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("head", ["linear", "normmlp"])
+def test_grouping_and_loss_are_in_float32_under_autocast(head):
+    args = parse("--base", "byol", "--head", head, "--amp", "bf16")
+    net = cld.CLD(args)
+    with common.autocast(args, CPU):
+        h = net.backbone(torch.rand(4, 3, 32, 32))
+        assert net.group(net.hidden(h)).dtype == torch.bfloat16
+        out = net(*torch.rand(2, 4, 3, 32, 32))
+    assert {x.dtype for x in out.values()} == {torch.float32}
+    close(out["f_G"].norm(dim=2), torch.ones(2, 4), 1e-6)
+    assert cld.cld(out["f_G"], 3)[0].dtype == torch.float32
+
+
 def test_cifar_stem_has_the_initial_weights_of_the_authors():
     torch.manual_seed(0)
     nets = {stem: cld.CLD(parse("--arch", "resnet18", "--stem", stem))
