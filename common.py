@@ -569,9 +569,10 @@ def load(args, device):
     for table in (train, test):
         if table.images is not None:
             table.images = table.images.to(device)
-    if args.randaugment and train.images is not None:
+    if args.randaugment and args.randaugment[0] and train.images is not None:
         raise BadInput("--randaugment needs image files (--dataset folder or csv): images in "
-                       "memory are augmented on the device, where it does not exist")
+                       "memory are augmented on the device, where it does not exist; "
+                       "--randaugment 0 0 is none")
     return Data(train, test, args, device)
 
 
