@@ -540,7 +540,7 @@ def test_class_list_on_one_line(tmp_path):
 
 # ------------------------------------------------------------------ whole runs
 
-FLAGS = [*SMALL, "--dataset", "shapes", "--k", "5", "--knn-every", "1"]
+FLAGS = [*SMALL, "--dataset", "shapes", "--k", "5", "--knn-every", "1", "--lr", "0.06"]
 PAIR = [*FLAGS, "--base", "moco", "--queue", "35"]
 VARIANTS = {
     "npid": [],
