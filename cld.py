@@ -32,6 +32,9 @@ Shapes: n images, B global batch, b rows of this rank, D width of f, k groups, m
     torchrun --nproc_per_node=4 cld.py --recipe cifar10-moco           # MoCo + CLD, four GPUs
     torchrun --nproc_per_node=8 cld.py --recipe imagenet --data-dir DIR            # MoCo v2 + CLD
     torchrun --nproc_per_node=8 cld.py --recipe imagenet-infomin --data-dir DIR    # InfoMin + CLD
+Measured: demo 93 CPU seconds a process, kNN 11 -> 35 % (synthetic); c100-small about 220 CPU
+seconds, results in the README. The authors report kNN 86.7 % for NPID + CLD on CIFAR-10, 57.5 % on
+CIFAR-100. The GPU recipes were not run yet at full length.
 """
 import copy
 
