@@ -215,6 +215,7 @@ def stopping():
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MEAN_STD = {  # channel mean and standard deviation; other data sets use ImageNet's
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "shapes-views": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
@@ -275,6 +276,14 @@ def _shapes(args):
         images, columns, classes, captions = shapes(n, seed)
         return Table(columns, classes, images, captions=captions)
     return table(4096, 0), table(1024, 1)
+
+
+def _shapes_views(args):
+    """512 objects, eight renders of each, so strongly correlated; 1,024 others, one render each."""
+    def table(n, seed, renders):
+        images, columns, classes, captions = shapes(n, seed, renders=renders)
+        return Table(columns, classes, images, captions=captions)
+    return table(4096, 0, 8), table(1024, 1, 1)
 
 
 def _cifar(args):
@@ -403,7 +412,8 @@ def _folder(args):
     """ImageFolder layout: DIR/train/<class>/*.jpg and DIR/val (or test)/<class>/*.jpg.
 
     Without DIR/train the classes stand in DIR itself (or the images, unlabelled), and every fifth
-    image of a class is held out. --classes FILE: use these class folders only, one name a line.
+    image of a class is held out. --classes FILE: use these class folders only, one name a line
+    (or all on one line, between blanks).
     """
     root = Path(args.data_dir)
     if not root.is_dir():
@@ -419,6 +429,8 @@ def _folder(args):
             raise BadInput(f"--classes {args.classes}: {reason}") from None
         # "n01558993<TAB>robin" names the folder first; blank lines and # lines are comments
         wanted = [s.split("\t")[0].strip() for s in lines if s.strip() and s.strip()[0] != "#"]
+        if len(wanted) == 1 and wanted[0] not in names:  # ImageNet-100 of CMC: one line of 100
+            wanted = wanted[0].split()
         if missing := sorted(set(wanted) - set(names)):
             raise BadInput(f"--classes {args.classes}: no folder in {base} for {missing[:3]}")
         names = sorted(set(wanted))
@@ -543,8 +555,8 @@ def _inside(root, path, source, row):
 
 
 SOURCES = {
-    "shapes": _shapes, "cifar10": _cifar, "cifar100": _cifar, "stl10": _stl10,
-    "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
+    "shapes": _shapes, "shapes-views": _shapes_views, "cifar10": _cifar, "cifar100": _cifar,
+    "stl10": _stl10, "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
 }
 
 
@@ -557,6 +569,10 @@ def load(args, device):
     for table in (train, test):
         if table.images is not None:
             table.images = table.images.to(device)
+    if args.randaugment and args.randaugment[0] and train.images is not None:
+        raise BadInput("--randaugment needs image files (--dataset folder or csv): images in "
+                       "memory are augmented on the device, where it does not exist; "
+                       "--randaugment 0 0 is none")
     return Data(train, test, args, device)
 
 
@@ -599,9 +615,10 @@ class Data:
         def tasks():  # a worker gets the row and the crop's random numbers, and draws nothing
             for batch in plans:
                 ahead.append(batch)
-                parts = [(part.params["crop"].unflatten(0, (part.views, -1)), part.spec)
+                parts = [(part.params["crop"].unflatten(0, (part.views, -1)),
+                          part.params["seed"].view(part.views, -1), part.spec)
                          for part in (batch, *batch.more)]
-                yield [(row, [(u[:, i].numpy(), spec) for u, spec in parts])
+                yield [(row, [(u[:, i].numpy(), s[:, i].tolist(), spec) for u, s, spec in parts])
                        for i, row in enumerate(batch.rows.tolist())]
 
         for images in self._loader(_Crops(self.train.paths), tasks()):
@@ -678,17 +695,34 @@ class _Crops:
         image = _decode(self.paths[row])
         if image is None:
             return self.paths[row]
-        return [self.cut(image, u, spec) for u, spec in groups]
+        return [self.cut(image, *group) for group in groups]
 
-    def cut(self, image, u, spec):
-        """The V crops of an image, from their uniforms u (V, 22)."""
+    def cut(self, image, u, seeds, spec):
+        """The V crops of an image, from their uniforms u (V, 22) and seeds (V of them)."""
         S, (W, H) = spec["size"], image.size
         boxes = torch.tensor([[0, 0, H, W]]).expand(len(u), 4)
         if spec["crop"] is not None:
             boxes = crop_boxes(torch.from_numpy(u), H, W, spec["crop"], spec["ratio"])
         cut = [image.crop((x, y, x + w, y + h)).resize((S, S), Image.Resampling.BILINEAR)
                for y, x, h, w in boxes.tolist()]
+        if spec.get("randaugment"):
+            cut = [randaugment(c, seed, spec) for c, seed in zip(cut, seeds, strict=True)]
         return np.stack([np.asarray(c).transpose(2, 0, 1) for c in cut])
+
+
+def randaugment(image, seed, spec):
+    """RandAugment of a PIL image by torchvision, a function of the seed; fill is the mean colour.
+
+    The magnitude is of 0..10, and 10 is the largest that torchvision's table has.
+    """
+    from torchvision.transforms import v2
+
+    number, magnitude = spec["randaugment"]
+    change = v2.RandAugment(number, magnitude, num_magnitude_bins=11,
+                            fill=[255 * m for m in spec["mean"]])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return change(image)
 
 
 def still(image, size, squash=False):
@@ -856,14 +890,15 @@ def augmentation(args, **changes):
     size S; crop (lo, hi) share of the area, or None for the whole image; ratio (lo, hi) of its
     sides; jitter, strengths of brightness, contrast, saturation, hue; sigma (lo, hi) of the blur
     in output pixels; mean and std; and the probabilities flip, jitter_p, gray, blur, solarize (at
-    0.5 of [0, 1]) and erase (one rectangle set to 0).
+    0.5 of [0, 1]) and erase (one rectangle set to 0). randaugment (number, magnitude) or None:
+    done by the workers after the crop, so only where images are read from files.
     """
     mean, std = MEAN_STD.get(args.dataset, IMAGENET)
     spec = dict(
         size=args.image_size, crop=tuple(args.crop), ratio=(3 / 4, 4 / 3), flip=0.5,
         jitter=tuple(args.jitter), jitter_p=args.jitter_p, gray=args.gray, blur=args.blur,
         sigma=(0.1, 2.0), solarize=args.solarize, erase=args.erase,
-        mean=tuple(args.mean or mean), std=tuple(args.std or std))
+        mean=tuple(args.mean or mean), std=tuple(args.std or std), randaugment=args.randaugment)
     return {**spec, **changes}
 
 
@@ -910,7 +945,8 @@ def draw(spec, n, generator):
     probability moves no other draw. Returns crop (n, 22) uniforms for `crop_boxes`; flip, jitter,
     gray, solarize (n,) bool; factor (n, 4) float32 of brightness, contrast, saturation (around 1)
     and hue (around 0, in turns); order (n, 4) int64, in which these four are applied; sigma (n,)
-    float32, 0 = no blur; erase (n, 4) int64 top, left, h, w of RandomErasing, h = 0 = none.
+    float32, 0 = no blur; erase (n, 4) int64 top, left, h, w of RandomErasing, h = 0 = none;
+    seed (n,) int64 of RandAugment.
     Raises ValueError for a probability outside [0, 1] or a hue strength outside [0, 0.5].
     """
     for key in ("flip", "jitter_p", "gray", "blur", "solarize", "erase"):
@@ -937,6 +973,7 @@ def draw(spec, n, generator):
         "solarize": u[:, 33] < spec["solarize"],
         "sigma": sigma * (u[:, 34] < spec["blur"]),
         "erase": erase * erased[:, None],
+        "seed": torch.randint(2 ** 62, (n,), generator=generator),
     }
 
 
@@ -1630,7 +1667,7 @@ def curves(log, args, more=()):
         axis.set(xlabel="epoch", title=label)
         axis.grid(alpha=0.3)
     figure.suptitle(f"{args.method}, {args.dataset}" +
-                    (" (synthetic)" if args.dataset == "shapes" else ""), fontsize=10)
+                    (" (synthetic)" if args.dataset.startswith("shapes") else ""), fontsize=10)
     figure.tight_layout()
     path = Path(args.out) / "curves.png"
     replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
@@ -1853,6 +1890,8 @@ class Parser(argparse.ArgumentParser):
         add("--blur", type=float, default=0.0, help="probability; sigma uniform in 0.1 to 2")
         add("--solarize", type=float, default=0.0, help="probability")
         add("--erase", type=float, default=0.0, help="probability")
+        add("--randaugment", type=int, nargs=2, metavar=("N", "M"),
+            help="N operations of magnitude M, at most 10, by the workers (folder and csv)")
         add = self.add_argument_group("network and optimisation").add_argument
         add("--arch", default="resnet-tiny", choices=list(ARCHS))
         add("--stem", default="imagenet", choices=["cifar", "imagenet"])
@@ -1898,6 +1937,8 @@ class Parser(argparse.ArgumentParser):
             raise BadInput(f"--crop {low} {high}: two shares of the area, 0 < low <= high <= 1")
         if not (min(args.jitter) >= 0 and args.jitter[3] <= 0.5):
             raise BadInput(f"--jitter {args.jitter}: none below 0, the hue at most 0.5")
+        if args.randaugment and not (args.randaugment[0] >= 0 and 0 <= args.randaugment[1] <= 10):
+            raise BadInput(f"--randaugment {args.randaugment}: N at least 0, M in 0 to 10")
         if args.std and not all(value > 0 for value in args.std):
             raise BadInput(f"--std {args.std}: must be above 0")
         if args.optimizer == "sgd" and args.nesterov and args.momentum == 0:

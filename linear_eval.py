@@ -11,7 +11,7 @@ checkpoint.
               training images; a linear probe, softmax regression by SGD on standardised features
               for a grid of learning rates and weight decays, chosen on 20 % of every class of the
               TRAINING images, then fitted to all of them and tested once
-    linear    recipes clinfonce, clinfonce-dual, cifar, moco, wcl: a linear layer by SGD on
+    linear    recipes clinfonce, clinfonce-dual, cifar, moco, infomin, wcl: a linear layer by SGD on
               augmented images; backbone frozen, in evaluation mode, features not normalised
     finetune  recipes semi-1, semi-10: the whole network on a class-balanced --fraction of the
               training images, or on the images that --subset names
@@ -74,6 +74,9 @@ RECIPES = {
     "moco": dict(  # main_lincls.py of MoCo v2 and CLD
         LINEAR, epochs=100, batch_size=256, lr=30.0, schedule="steps", milestones=[60, 80],
         gamma=0.1, init_std=0.01),
+    "infomin": dict(  # main_linear_infomin.py of CLD; RandAugment: see common.randaugment
+        LINEAR, crop=[0.2, 1.0], randaugment=[2, 10], epochs=61, batch_size=256, lr=30.0,
+        schedule="steps", milestones=[30, 40, 50], gamma=0.2),
     "wcl": dict(  # 0.2 * B / 256, at batch 4096: 1.6 (1 + cos(pi t / T))
         LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine",
         init_std=0.01),
@@ -436,7 +439,7 @@ def picture(path, args, data, h, names, queries=8, near=8, side=96):
     pen.text((left, 7), "test image", "black")
     pen.text((2 * left + width, 7), "nearest training images, most similar first; frame: green = "
              f"same {args.label}, red = another" +
-             (" (synthetic images)" if args.dataset == "shapes" else ""), "black")
+             (" (synthetic images)" if args.dataset.startswith("shapes") else ""), "black")
     for row in range(len(rows)):
         for column in range(near + 1):
             images, labels = close if column else queries
@@ -501,7 +504,7 @@ def evaluate(args, checkpoint):
         device=common.device_name(device),
         versions=dict(python=sys.version.split()[0], torch=torch.__version__,
                       torchvision=torchvision.__version__), seconds=round(time.time() - begin, 1))
-    source = args.dataset + (" (synthetic)" if args.dataset == "shapes" else "")
+    source = args.dataset + (" (synthetic)" if args.dataset.startswith("shapes") else "")
     print(f"protocol: {record['protocol']}; {source}, column {args.label}: {len(names)} classes, "
           f"{len(data.train)} training and {len(data.test)} test images")
     print("\n".join(table(results)))

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cld
 import clinfonce
 import common
 import linear_eval
@@ -41,6 +42,11 @@ GROUPS = {  # method -> documented groups, each of which must be there
     "wcl": [
         "graph", "sup", "fwd", "head", "lars", "sched", "baselr", "linprobe", "groups", "train",
         "mc", "meta",
+    ],
+    "cld": [
+        "kmeans", "cld", "ncut", "npid/full", "npid/full2", "npid/nce", "npid/nce2", "npid/total",
+        "npid/gathered", "moco/queue", "moco/cifar", "moco/imagenet", "infomin/queue",
+        "infomin/fixed", "infomin/jigsaw", "normlinear", "linear", "mlp", "normmlp", "knn", "lr",
     ],
 }
 
@@ -1034,3 +1040,495 @@ def test_wcl_meta(case):
     """The cases that the file lists are those that it has."""
     assert sorted(case["fwd_cases"]) == sorted(c.name for c in cases("wcl", "fwd/*"))
     assert case["torch"]
+
+
+# ===================================================================================== CLD
+#
+# Tables are those of cld.Bank and common.Queue; where the original's update lives in a backward
+# pass, ours is called after it.
+
+exact = functools.partial(close, f64=1e-9, f32=1e-5, atol=1e-11)
+
+
+def grouping(case):
+    """Arguments k, iters, k_eigen of a case of the cross-level loss."""
+    k_eigen = 0 if case.get("use_kmeans") else case.get("k_eigen")
+    assert case.get("k_eigen") >= k_eigen
+    return case.get("k"), case.get("iters"), k_eigen
+
+
+@exercises("cld", "kmeans/*")
+def test_cld_kmeans(case):
+    """(E6), in both precisions: the first k rows, ties to the first, zero rows for empty groups."""
+    x, k, iters = leaf(case["x"]), case.get("k"), case.get("iters")
+    ids, M = cld.group(x, k, iters)
+    assert ids.dtype == torch.int64 and torch.equal(ids, case["labels"])
+    assert torch.equal(cld.kmeans(x.float(), k, iters), ids)
+    exact(M, case["centroids"], what="centroids")
+    empty = torch.bincount(ids, minlength=k) == 0
+    assert (M[empty] == 0).all()
+    (case["w"] * M).sum().backward()
+    exact(x.grad, case["grad_x"], what="grad_x")
+
+
+@exercises("cld", "cld/*")
+def test_cross_level_loss(case):
+    """(E7), with the gradient through the centroids; and what detached ones would give."""
+    k, iters, k_eigen = grouping(case)
+    t, f1, f2 = case.get("t"), leaf(case["f1"]), leaf(case["f2"])
+    f = torch.stack([f1, f2])
+    groups = [cld.group(x, k, iters, k_eigen) for x in f]
+    for number, (ids, M) in enumerate(groups, 1):
+        assert torch.equal(ids, case[f"labels{number}"])
+        exact(M, case[f"centroids{number}"], what=f"centroids{number}")
+    l, hit = cld.cld(f, k, iters, t, k_eigen=k_eigen)
+    exact(l[0], case["per_sample_12"], what="per_sample_12")
+    exact(l[1], case["per_sample_21"], what="per_sample_21")
+    exact(l[0].mean(), case["loss_12"])
+    exact(l[1].mean(), case["loss_21"])
+    exact(l.mean(), case["loss"])
+    assert case.get("lambda") >= 0
+    assert 100 * hit[0].double().mean().item() == pytest.approx(case.get("group_acc"))
+    l.mean().backward()
+    exact(f1.grad, case["grad_f1"], what="grad_f1")
+    exact(f2.grad, case["grad_f2"], what="grad_f2")
+
+    single = cld.cld(f.detach().float(), k, iters, t, k_eigen=k_eigen)[0]
+    close(single.mean().double(), case["loss"], f64=1e-5, what="float32")
+
+    half1, half2 = leaf(case["f1"]), leaf(case["f2"])
+    (ids1, M1), (ids2, M2) = groups
+    detached = (F.cross_entropy(half1 @ M2.detach().T / t, ids2) +
+                F.cross_entropy(half2 @ M1.detach().T / t, ids1)) / 2
+    detached.backward()
+    exact(half1.grad, case["grad_f1_detached_centroids"])
+    exact(half2.grad, case["grad_f2_detached_centroids"])
+    if case["grad_f1"].abs().max() > 1e-6:
+        assert half1.grad.norm() < 0.9 * f1.grad.norm()
+
+
+@exercises("cld", "ncut/*")
+def test_normalised_cuts(case):
+    """(E10). Signs of eigenvectors are free; labels do not depend on them."""
+    x, k_eigen, sigma = leaf(case["x"]), case.get("k_eigen"), case.get("sigma")
+    k, iters = case.get("clusters"), case.get("iters")
+    W = cld.affinity(x.detach(), sigma)
+    exact(W, case["affinity"], what="affinity")
+    d = W.sum(1)
+    exact(d, case["degree"], what="degree")
+    L = (torch.diag(d) - W) / (d[:, None] * d).sqrt()
+    exact(L, case["laplacian"], what="laplacian")
+    exact(torch.linalg.eigvalsh(L), case["eigenvalues"], what="eigenvalues")
+
+    Y = cld.cut_vectors(x, k_eigen, sigma)
+    assert not Y.requires_grad
+    exact(Y.abs(), case["k_eigvec"].abs(), f64=1e-8, atol=1e-8, what="k_eigvec")
+    exact(Y[:, 0], torch.ones_like(d), f64=1e-8, what="trivial eigenvector")
+    for vectors in (Y, Y.float(), cld.cut_vectors(x.detach().float(), k_eigen, sigma)):
+        assert torch.equal(cld.kmeans(vectors, k, iters), case["labels"])
+    if sigma == 1:
+        assert torch.equal(cld.group(x, k, iters, k_eigen)[0], case["labels"])
+    M = cld.centroids(x, case["labels"], k)
+    exact(M, case["centroids"], what="centroids")
+    (case["w"] * M).sum().backward()
+    exact(x.grad, case["grad_x"], what="grad_x")
+
+
+def blocks(V, n):
+    """Logits at a time so that the bank is taken by one block, and by several."""
+    return [2 ** 26, n * max(1, len(V) // 3), 1]
+
+
+@exercises("cld", "npid/full")
+def test_npid(case):
+    """(E2), (E4), one view: the update comes after the loss, which only reads the bank."""
+    bank, t, m = cld.Bank(case["memory0"]), case.get("t"), case.get("m")
+    steps = case.numbered("step{}")
+    assert steps
+    for step in (case.below(f"step{s}") for s in steps):
+        y, before = step["y"], bank.V.clone()
+        exact(step["x"] @ bank.V.T / t, step["logits"], what="logits")
+        for block in blocks(bank.V, len(y)):
+            x = leaf(step["x"])
+            l = cld.npid(x, bank.V, y, t, block)
+            exact(l, step["per_sample"], what="per_sample")
+            exact(l.mean(), step["loss"], what="loss")
+            l.mean().backward()
+            exact(x.grad, step["grad_x"], what="grad_x")
+        assert torch.equal(bank.V, before)
+        bank.update(step["x"][None], y, m)
+        exact(bank.V, step["memory"], what="memory")
+        others = torch.ones(len(before), dtype=torch.bool).index_fill(0, y, False)
+        assert torch.equal(bank.V[others], before[others])
+
+
+@exercises("cld", "npid/full2")
+def test_npid_of_two_views(case):
+    """One snapshot of the bank for both losses, then view 2 and on top of it view 1.
+
+    The original's gradient of view 1 is taken with the bank that view 2 has written already.
+    """
+    bank, t, m = cld.Bank(case["memory0"]), case.get("t"), case.get("m")
+    steps = case.numbered("step{}")
+    assert steps
+    for step in (case.below(f"step{s}") for s in steps):
+        y, x1, x2 = step["y"], leaf(step["x1"]), leaf(step["x2"])
+        l1, l2 = (cld.npid(x, bank.V, y, t) for x in (x1, x2))
+        exact(l1.mean(), step["loss1"])
+        exact(l2.mean(), step["loss2"])
+        loss = (l1.mean() + l2.mean()) / 2
+        exact(loss, step["loss"])
+        loss.backward()
+        exact(x1.grad, step["grad_x1"], what="grad_x1")
+        exact(x2.grad, step["grad_x2"], what="grad_x2")
+        exact(x2.grad, step["grad_x2_original"], what="grad_x2_original")
+
+        half = cld.Bank(bank.V.clone())
+        half.update(x2.detach()[None], y, m)
+        p = (x1.detach() @ bank.V.T / t).softmax(1)
+        p[torch.arange(len(y)), y] -= 1
+        exact(p @ half.V / (2 * len(y) * t), step["grad_x1_original"], what="grad_x1_original")
+
+        other = cld.Bank(bank.V.clone())
+        other.update(torch.stack([x2.detach(), x1.detach()]), y, m)
+        exact(other.V, step["memory_if_view1_first"], what="memory_if_view1_first")
+        bank.update(torch.stack([x1.detach(), x2.detach()]), y, m)
+        exact(bank.V, step["memory"], what="memory")
+        assert (bank.V - other.V).abs().max() > 1e-3
+
+
+@exercises("cld", "npid/nce")
+def test_npid_nce(case):
+    """(E3), (E4): Z is set by the first batch and stays."""
+    bank, t, m = cld.Bank(case["memory0"]), case.get("t"), case.get("m")
+    n, steps = case.get("n_data"), case.numbered("step{}")
+    assert n == len(bank.V) and steps and bank.Z == -1
+    for s in steps:
+        step = case.below(f"step{s}")
+        x, idx = leaf(step["x"]), step["idx"]
+        assert idx.shape[1] == 1 + case.get("negatives") and torch.equal(idx[:, 0], step["y"])
+        exps = cld.exp_similarity(x, bank.V, idx, t)
+        if s == 0:
+            bank.set_Z(exps)
+        exact(bank.Z, step["z"], what="z")
+        assert not bank.Z.requires_grad
+        exact(exps / bank.Z, step["probs"], what="probs")
+        loss = cld.npid_nce(exps / bank.Z, n, case.get("eps")).mean()
+        exact(loss, step["loss"], what="loss")
+        loss.backward()
+        exact(x.grad, step["grad_x"], what="grad_x")
+        bank.update(x.detach()[None], step["y"], m)
+        exact(bank.V, step["memory"], what="memory")
+
+
+@exercises("cld", "npid/nce2")
+def test_npid_nce_of_two_views(case):
+    """Z from view 1 of the first step. Of the original's two updates only that of view 1 is kept;
+    we make both, so the bank of the next step is set to theirs."""
+    bank, t, m = cld.Bank(case["memory0"]), case.get("t"), case.get("m")
+    n, steps = case.get("n_data"), case.numbered("step{}")
+    assert n == len(bank.V) and steps
+    for s in steps:
+        step = case.below(f"step{s}")
+        x1, x2, y = leaf(step["x1"]), leaf(step["x2"]), step["y"]
+        assert step["idx1"].shape[1] == 1 + case.get("negatives")
+        e1, e2 = (cld.exp_similarity(x, bank.V, step[f"idx{v}"], t)
+                  for v, x in ((1, x1), (2, x2)))
+        if s == 0:
+            bank.set_Z(e1)
+        exact(bank.Z, step["z"], what="z")
+        exact(e1 / bank.Z, step["probs1"], what="probs1")
+        exact(e2 / bank.Z, step["probs2"], what="probs2")
+        loss = (cld.npid_nce(e1 / bank.Z, n).mean() + cld.npid_nce(e2 / bank.Z, n).mean()) / 2
+        exact(loss, step["loss"], what="loss")
+        loss.backward()
+        exact(x1.grad, step["grad_x1"], what="grad_x1")
+        exact(x2.grad, step["grad_x2"], what="grad_x2")
+        ours = cld.Bank(bank.V.clone())
+        ours.update(torch.stack([x1, x2]).detach(), y, m)
+        bank.update(x1.detach()[None], y, m)
+        exact(bank.V, step["memory_original"], what="memory_original")
+        assert (ours.V - bank.V).abs().max() > 1e-3
+
+
+@exercises("cld", "npid/gathered")
+def test_npid_of_two_ranks(case):
+    """The bank takes the rows of all ranks. The logits, sampled rows in a softmax, are of code that
+    no script of the authors runs."""
+    bank, t, m = cld.Bank(case["memory0"]), case.get("t"), case.get("m")
+    steps = case.numbered("step{}")
+    assert steps
+    for s in steps:
+        step = case.below(f"step{s}")
+        ranks = sorted({key.split("/")[0] for key in step if key.startswith("rank")})
+        assert len(ranks) > 1
+        for r in ranks:
+            x, idx = leaf(step[f"{r}/x"]), step[f"{r}/idx"]
+            assert torch.equal(idx[:, 0], step[f"{r}/y"])
+            logits = cld.exp_similarity(x, bank.V, idx, t).log()
+            exact(logits, step[f"{r}/logits"], what="logits")
+            loss = F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64))
+            exact(loss, step[f"{r}/loss"], what="loss")
+            loss.backward()
+            exact(x.grad, step[f"{r}/grad_x"], what="grad_x")
+        bank.update(torch.cat([step[f"{r}/x"] for r in ranks])[None],
+                    torch.cat([step[f"{r}/y"] for r in ranks]), m)
+        exact(bank.V, step["memory"], what="memory")
+
+
+@exercises("cld", "npid/total")
+def test_npid_and_cld(case):
+    """(E2) + lambda (E7) = (E8)."""
+    fi1, fi2, fg1, fg2 = (leaf(case[name]) for name in ("fi1", "fi2", "fg1", "fg2"))
+    V, y, t = case["memory0"], case["y"], case.get("t")
+    instance = (cld.npid(fi1, V, y, t).mean() + cld.npid(fi2, V, y, t).mean()) / 2
+    group = cld.cld(torch.stack([fg1, fg2]), case.get("k"), case.get("iters"),
+                    case.get("cld_t"))[0].mean()
+    exact(instance, case["loss_ins"], what="loss_ins")
+    exact(group, case["loss_cld"], what="loss_cld")
+    loss = instance + case.get("lambda") * group
+    exact(loss, case["loss"], what="loss")
+    loss.backward()
+    for name, x in dict(fi1=fi1, fi2=fi2, fg1=fg1, fg2=fg2).items():
+        exact(x.grad, case[f"grad_{name}"], what=name)
+
+
+@exercises("cld", "moco/queue")
+def test_moco(case):
+    """(E5): both queries against the queue before this step's keys enter, which wraps around."""
+    queue, t, steps = common.Queue(case["queue0"]), case.get("t"), case.numbered("step{}")
+    assert steps
+    for s in steps:
+        step = case.below(f"step{s}")
+        q1, q2, k = leaf(step["q1"]), leaf(step["q2"]), step["k"]
+        for number, q in ((1, q1), (2, q2)):
+            exact(cld.moco_logits(q, k, queue.keys, t), step[f"logits{number}"], what="logits")
+            exact(cld.moco(q, k, queue.keys, t), step[f"loss{number}"], what="loss")
+        loss = (cld.moco(q1, k, queue.keys, t) + cld.moco(q2, k, queue.keys, t)) / 2
+        exact(loss, step["loss"])
+        loss.backward()
+        exact(q1.grad, step["grad_q1"], what="grad_q1")
+        exact(q2.grad, step["grad_q2"], what="grad_q2")
+        queue.enqueue(k)
+        exact(queue.keys, step["queue"], what="queue")
+        assert queue.ptr == step["ptr"]
+
+
+def weights_below(case, stem):
+    """{parameter name: tensor}: in this file their dots are slashes, as in all keys."""
+    return {name.replace("/", "."): w for name, w in case.below(stem).items()}
+
+
+class ToyCLD(nn.Module):
+    """The network of the authors' runs: linear layers without bias."""
+
+    def __init__(self, init):
+        super().__init__()
+        for name, weight in init.items():
+            name = name.removesuffix(".weight")
+            self.add_module(name, nn.Linear(*weight.T.shape, bias=False, dtype=weight.dtype))
+        self.load_state_dict(init)
+
+    def forward(self, x):
+        h = self.fc(x).relu()
+        return cld.unit(self.instDis(h)), cld.unit(self.groupDis(h))
+
+
+@exercises("cld", "moco/*/w*")
+def test_moco_and_cld_run(case):
+    """Whole steps on one and on two ranks, gradients averaged by hand: groups per rank (the
+    authors' scope), the keys of all ranks in the queue, the key network after the step of SGD or,
+    in the ImageNet code, before the next key pass, which moves no loss."""
+    early = "/imagenet/" in case.prefix
+    query, key = (ToyCLD(weights_below(case, "init")) for _ in range(2))
+    queue, t, t_cld = common.Queue(case["queue0"]), case.get("t"), case.get("cld_t")
+    lambd, k, iters = case.get("lambda"), case.get("k"), case.get("iters")
+    optimizer = torch.optim.SGD(query.parameters(), case.get("lr"), case.get("sgd_momentum"),
+                                weight_decay=case.get("wd"))
+    steps = case.numbered("step{}")
+    assert steps
+    for step in (case.below(f"step{s}") for s in steps):
+        names = sorted({name.split("/")[0] for name in step if name.startswith("rank")})
+        if early:
+            common.momentum_update(key, query, case.get("alpha"))
+        with torch.no_grad():
+            keys = [key(step[f"{r}/x_key"])[0] for r in names]
+        losses = []
+        for r, k_r in zip(names, keys, strict=True):
+            (q1, g1), (q2, g2) = query(step[f"{r}/x1"]), query(step[f"{r}/x2"])
+            for v, q, g in ((1, q1, g1), (2, q2, g2)):
+                exact(cld.moco_logits(q, k_r, queue.keys, t), step[f"{r}/logits{v}"])
+                exact(cld.moco(q, k_r, queue.keys, t), step[f"{r}/loss_ins{v}"])
+                if f"{r}/fg{v}" in step:
+                    exact(g, step[f"{r}/fg{v}"], what="f_G")
+            l = cld.cld(torch.stack([g1, g2]), k, iters, t_cld)[0].mean()
+            exact(l, step[f"{r}/loss_cld"], what="loss_cld")
+            loss = (cld.moco(q1, k_r, queue.keys, t) + cld.moco(q2, k_r, queue.keys, t)) / 2
+            losses.append(loss + lambd * l)
+            exact(losses[-1], step[f"{r}/loss"], what="loss")
+        optimizer.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        optimizer.step()
+        queue.enqueue(torch.cat(keys))
+        if not early:
+            common.momentum_update(key, query, case.get("alpha"))
+        for name, p in query.named_parameters():
+            at = name.replace(".", "/")
+            exact(p.grad, step[f"grad/{at}"], what=f"gradient of {name}")
+            exact(p, step[f"query/{at}"], what=f"query {name}")
+            exact(key.state_dict()[name], step[f"key/{at}"], what=f"key {name}")
+        exact(queue.keys, step["queue"], what="queue")
+        assert queue.ptr == step["ptr"]
+
+
+@exercises("cld", "infomin/queue")
+def test_infomin_as_released(case):
+    """The original enqueues with every query: the second one meets its own key among the negatives,
+    so its loss cannot fall below ln 2. We enqueue once (infomin/fixed)."""
+    queue, t, steps = common.Queue(case["queue0"]), case.get("t"), case.numbered("step{}")
+    assert steps
+    for s in steps:
+        step, total = case.below(f"step{s}"), 0
+        k, beta = step["k"], step["beta"].item()
+        for number, end in ((1, ""), (2, "_original")):
+            for name, weight in ((f"q{number}", 1 - beta), ("q_jig", beta)):
+                logits = cld.moco_logits(step[name], k, queue.keys, t)
+                stored = f"logits{number}" if name != "q_jig" else f"logits_jig{number}"
+                exact(logits, step[stored + end], what=stored)
+                l = F.cross_entropy(logits, torch.zeros(len(k), dtype=torch.int64),
+                                    reduction="none")
+                assert number == 1 or (l > np.log(2) - 1e-9).all()
+                total = total + weight * l.mean() / 2
+            queue.enqueue(k)
+        exact(total, step["loss_original"], what="loss_original")
+        exact(queue.keys, step["queue_original"], what="queue_original")
+        assert queue.ptr == step["ptr_original"]
+
+
+@exercises("cld", "infomin/fixed")
+def test_infomin(case):
+    queue, t, beta = common.Queue(case["queue0"]), case.get("t"), case.get("beta")
+    steps = case.numbered("step{}")
+    assert steps
+    for s in steps:
+        step = case.below(f"step{s}")
+        queries = {name: leaf(step[name]) for name in ("q1", "q2", "q_jig")}
+        k = step["k"]
+        for name, stored in (("q1", "logits1"), ("q2", "logits2"), ("q_jig", "logits_jig")):
+            exact(cld.moco_logits(queries[name], k, queue.keys, t), step[stored], what=stored)
+        q = torch.stack([queries["q1"], queries["q2"]])
+        loss = cld.infomin(q, queries["q_jig"], k, queue.keys, t, beta)
+        exact(loss, step["loss"], what="loss")
+        loss.backward()
+        for name, x in queries.items():
+            exact(x.grad, step[f"grad_{name}"], what=name)
+        queue.enqueue(k)
+        exact(queue.keys, step["queue"], what="queue")
+        assert queue.ptr == step["ptr"]
+
+
+def transposed(weights, names):
+    """The files hold NormLinear weights as (in, out)."""
+    return {name: w.T if name in names else w for name, w in weights.items()}
+
+
+@exercises("cld", "infomin/jigsaw/*")
+def test_jigsaw_head(case):
+    weights = weights_below(case, "param")
+    last = "fc1.2.weight" if "fc1.2.weight" in weights else "fc1.weight"
+    if case.name.startswith("norm"):
+        weights = transposed(weights, (last, "fc2.weight"))
+    D, d = weights[last].shape[0], case["x"].shape[1]
+    head = cld.Jigsaw(case.name, d, D).to(case["x"].dtype)
+    head.load_state_dict(weights)
+    x = leaf(case["x"])
+    out = head(x, case["shuffle"])
+    exact(out, case["out"], what="out")
+    (case["w"] * out).sum().backward()
+    exact(x.grad, case["grad_x"], what="grad_x")
+
+
+@exercises("cld", "normlinear")
+def test_normlinear(case):
+    """(E9), before and after the L2 normalisation that follows."""
+    for end, after in (("", lambda y: y), ("_l2", cld.unit)):
+        x, weight = leaf(case["x"]), case["weight"].T
+        layer = common.NormLinear(*case["weight"].shape).to(weight.dtype)
+        assert layer.bias is None
+        exact(layer.weight.norm(dim=1), torch.ones(len(weight), dtype=weight.dtype), f64=1e-6)
+        layer.load_state_dict(dict(weight=weight))
+        out = after(layer(x))
+        exact(out, case[f"out{end}"], what=f"out{end}")
+        (case["w"] * out).sum().backward()
+        exact(x.grad, case[f"grad_x{end}"], what=f"grad_x{end}")
+        exact(layer.weight.grad.T, case[f"grad_weight{end}"], what=f"grad_weight{end}")
+
+
+def heads(case):
+    """The heads of cld.CLD behind a backbone that passes x through."""
+    d = case["x"].shape[1]
+    names = {"instance": "inst_weight", "group": "group_weight"}
+    weights = {f"{head}.weight": case[name] for head, name in names.items() if name in case}
+    if "inst_bias" in case:
+        weights["instance.bias"] = case["inst_bias"]
+    if "weight" in case:
+        weights = {"instance.weight": case["weight"], "instance.bias": case["bias"]}
+    if case.name.startswith("norm"):
+        weights = transposed(weights, weights)
+    if "fc_weight" in case:
+        weights |= {"hidden.0.weight": case["fc_weight"], "hidden.0.bias": case["fc_bias"]}
+    D = len(weights["instance.weight"])
+    backbone = nn.Identity()
+    backbone.width = d
+    with mock.patch.object(common, "resnet", lambda *_: backbone):
+        net = cld.CLD(SimpleNamespace(arch="", stem="imagenet", head=case.name, dim=D, base="npid",
+                                      lambda_cld=1.0))
+    net.double()
+    assert not net.load_state_dict(weights, strict=False).unexpected_keys
+    out = net(case["x"])
+    exact(out["f_I"][0], case["fi" if "fi" in case else "out_l2"], what="f_I")
+    if "fg" in case:
+        exact(out["f_G"][0], case["fg"], what="f_G")
+
+
+test_linear_head, test_mlp_head, test_normmlp_head = (
+    exercises("cld", name)(heads) for name in ("linear", "mlp", "normmlp"))
+
+
+@exercises("cld", "knn/*")
+def test_cld_knn(case):
+    """(E11). Our weights are relative to the nearest row's, which changes no order."""
+    train, test, k, t = case["train"], case["test"], case.get("k"), case.get("t")
+    scores = case["scores"]
+    C = scores.shape[1]
+    ours = common.knn_scores(test, train, case["train_labels"], C, k, t)
+    nearest = (test @ train.T).max(1, keepdim=True).values
+    exact(ours * (nearest / t).exp(), scores, what="scores")
+    assert torch.equal(ours.argmax(1), case["pred"])
+    labels = case["test_labels"]
+    top1, top5 = common.accuracy(ours, labels, (1, 5))
+    assert top1 == pytest.approx(100 * case.get("top1"))
+    assert top5 == pytest.approx(100 * case.get("top5"))
+
+
+@exercises("cld", "lr/*")
+def test_cld_lr(case):
+    base, E = case.get("base"), case.get("epochs")
+    if "lr_per_epoch" in case:
+        flags, iters, expected = dict(schedule="cosine-epoch", warmup=0), 1, case["lr_per_epoch"]
+    else:
+        iters, expected = case.get("iters_per_epoch"), case["lr"]
+        flags = dict(schedule="infomin", warmup=case.get("warm_epochs"))
+    if "warmup_from" in case:
+        start = case.get("warmup_from")
+        ours = [cld.infomin_rate(s, iters, E, base, flags["warmup"], start)
+                for s in range(E * iters)]
+        close(ours, expected, what="infomin_rate")
+        if start != 0.01:  # what --schedule infomin has
+            return
+    if "multiplier" in case:
+        assert (case.get("multiplier"), case.get("eta_min")) == (100, 1e-6)  # as in the code
+        flags = dict(schedule="steps" if case.name.startswith("step") else "cosine",
+                     warmup=case.get("warmup_epochs"), milestones=case["decay_epochs"].tolist())
+    args = SimpleNamespace(lr=base, epochs=E, **flags)
+    close([cld.learning_rate(s, iters, args) for s in range(E * iters)], expected, what="lr")

@@ -291,7 +291,7 @@ def test_bad_flags(tmp_path, capsys):
     assert "--knn-k 300: there are 240" in fails(capsys, *none, "--knn-k", "300")
     assert "R@20 asks for more rows" in fails(capsys, *none, "--label", "pattern",
                                               "--limit-train", "16")
-    assert "--recipe infomin: there are fast" in fails(capsys, *none, "--recipe", "infomin")
+    assert "--recipe simclr: there are fast" in fails(capsys, *none, "--recipe", "simclr")
     assert "--batch-size 256 is larger" in fails(capsys, *none, "--recipe", "moco")
     assert "--optimizer lars" in fails(capsys, *none, "--optimizer", "lars")
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
     python tests/bench/one_protocol.py c100 --data-dir data        # CIFAR-100
     python tests/bench/one_protocol.py fashion --data-dir data     # fashion attributes
+    python tests/bench/one_protocol.py shapes-views                # synthetic, correlated images
     python tests/bench/one_protocol.py c100 --only SupCon          # one row
 
 Every row is `METHOD.py FLAGS --seed S` and then `linear_eval.py` on its last checkpoint. A finished
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 C100 = "clinfonce.py --recipe c100-small --clusters"
 C100_WCL = "wcl.py --recipe c100-small --beta"
 FASHION = "clinfonce.py --recipe fashion --clusters"
+CLD = "cld.py --recipe"
 NO_CATEGORY = "gender baseColour season year usage"
 SETS = {  # rows: name, labels that it saw, training command (None: the untrained network)
     "c100": dict(
@@ -35,7 +37,9 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
               ("Cl-InfoNCE, coarse", "20 coarse classes", f"{C100} coarse"),
               ("SupCon (fine)", "100 fine classes", f"{C100} label"),
               ("SimCLR (WCL, beta 0)", "none", f"{C100_WCL} 0"),
-              ("WCL", "none", f"{C100_WCL} 1")]),
+              ("WCL", "none", f"{C100_WCL} 1"),
+              ("NPID", "none", f"{CLD} c100-small --lambda-cld 0"),
+              ("NPID + CLD", "none", f"{CLD} c100-small")]),
     "fashion": dict(
         untrained="--dataset npz --train-file fashion_attributes_96.npz --image-size 64 "
                   "--label articleType",
@@ -46,6 +50,13 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
               ("Cl-InfoNCE, 2 attributes", "baseColour, subCategory", f"{FASHION} attributes:2"),
               ("Cl-InfoNCE, 5 attributes", "gender, baseColour, season, year, usage",
                f"{FASHION} attributes:5 --attributes {NO_CATEGORY}")]),
+    "shapes-views": dict(
+        untrained="--dataset shapes-views --knn-t 0.1",
+        evaluation="",
+        columns={"kNN": "knn.top1", "linear": "probe.top1"},
+        rows=[("untrained", "none", None),
+              ("NPID", "none", f"{CLD} demo --lambda-cld 0"),
+              ("NPID + CLD", "none", f"{CLD} demo")]),
 }
 
 

@@ -1,0 +1,627 @@
+"""CLD (Wang, Liu, Yu: Unsupervised Feature Learning by Cross-Level Instance-Group Discrimination,
+CVPR 2021, arXiv 2008.03813), on top of NPID, MoCo, MoCo v2, InfoMin or BYOL.
+
+Instance discrimination makes every image a class of its own, so it pushes similar images apart. CLD
+adds a coarse branch: each view of a batch is grouped, and each image of one view is told from the
+groups of the other view. The running text of the paper could not be read when this file was
+written: the labels E1 to E11 are this project's, the details are those of the authors' code.
+
+    C(f, p, Q; T) = -log( exp f.p/T / (exp f.p/T + sum_{q in Q} exp f.q/T) )                 E1
+    NPID: L_I = mean_i C(f_i, v_i, all other rows of V; T)       V: one row for every image  E2
+    NPID with m sampled rows (NCE): P_j = exp(f.v_j/T) / Z,
+    L_I = -mean_i [ ln P_0/(P_0 + m/n + eps) + sum_{j>=1} ln (m/n)/(P_j + m/n + eps) ]       E3
+    v_i <- (a v_i + (1 - a) f_i) / |.|, a the momentum of the bank                           E4
+    MoCo: L_I = mean_i C(q_i, k_i, Q; T)    k from the key network, Q a queue of older keys  E5
+    groups G, M of a view: ids of k-means in the batch, and the means of f_G by id           E6
+    L_CLD = ( mean_i CE(f_G,i M'^T / T_G, G'_i) + mean_i CE(f'_G,i M^T / T_G, G_i) ) / 2     E7
+    L = (L_I of view 1 + L_I of view 2) / 2 + lambda L_CLD                                   E8
+    NormLinear: y = x/|x| . W with every column of W of norm 1           common.NormLinear   E9
+    grouping by normalised cuts: k-means on eigenvectors of the graph of |cos|              E10
+    weighted kNN: score_c = sum over the K nearest of class c exp(sim / T)    common.knn_*  E11
+    InfoMin: L_I also takes a jigsaw query with weight beta. Key network: theta_k <- alpha theta_k +
+    (1 - alpha) theta_q. BYOL + CLD was announced, never released: here it is a sketch of ours.
+
+Sees:   images only.
+State:  NPID: V (512 bytes an image) and Z; MoCo, InfoMin: key network and queue; BYOL: key network.
+Shapes: n images, B global batch, b rows of this rank, D width of f, k groups, m sampled rows.
+
+    torchrun --standalone --nproc_per_node=2 cld.py                    # demo on 2 CPU cores
+    python cld.py --recipe c100-small --download                       # CIFAR-100 on a CPU
+    python cld.py --recipe cifar10 --download                          # NPID + CLD, one GPU
+    python cld.py --recipe cifar10 --lambda-cld 0 --download           # NPID alone
+    torchrun --nproc_per_node=4 cld.py --recipe cifar10-moco           # MoCo + CLD, four GPUs
+    torchrun --nproc_per_node=8 cld.py --recipe imagenet --data-dir DIR            # MoCo v2 + CLD
+    torchrun --nproc_per_node=8 cld.py --recipe imagenet-infomin --data-dir DIR    # InfoMin + CLD
+Measured: demo 93 CPU seconds a process, kNN 11 -> 35 % (synthetic); c100-small about 220 CPU
+seconds, results in the README. The authors report kNN 86.7 % for NPID + CLD on CIFAR-10, 57.5 % on
+CIFAR-100. The GPU recipes were not run yet at full length.
+"""
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import common
+
+# ---------------------------------------------------------------------------------- recipes
+
+# [S] the authors' scripts, [D] defaults and code they run with, [A] the first author in their issue
+# tracker, [K] chosen for this project, not tuned and not from the paper
+SMALL = dict(  # [K] as clinfonce.py, but with the rate of [S]: at 0.5, T = 0.1, NPID does not learn
+    lr=0.06, momentum=0.9, nesterov=True, weight_decay=1e-4, schedule="cosine", warmup=1,
+    batch_size=256, channels_last=True)
+NPID = dict(  # [S] train_cifar10_npid_cld.sh and train_cifar_npid_cld.py
+    base="npid", head="linear", nce=0, bank_momentum=0.5, tau=0.1, knn_t=0.1,
+    k=128, iters=5, tau_cld=0.2, lambda_cld=1.0)
+CIFAR = dict(  # [S] 200 epochs of batch 256, rate 0.03 * 256 / 128
+    dataset="cifar10", arch="resnet18", stem="cifar", epochs=200, batch_size=256, lr=0.06,
+    momentum=0.9, weight_decay=7e-4, schedule="cosine", warmup=5,
+    crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.4], jitter_p=1.0, gray=0.2,
+    mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010],
+    amp="auto", channels_last=True, knn_every=10)  # theirs apex O1, kNN every epoch
+MOCO = dict(  # [S] train_cifar10_moco_cld.sh: not "the same as NPID + CLD", as their README has it
+    CIFAR, base="moco", head="normlinear", tau=0.07, knn_t=0.07, queue=12288, key_momentum=0.999,
+    weight_decay=8e-4, k=200, iters=5, tau_cld=0.2, lambda_cld=0.8,
+    jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, blur=0.5, erase=1.0, amp="none")  # "strong"
+IMAGENET = dict(  # [S] train_imagenet_mocov2_cld.sh; the rate is not scaled
+    dataset="folder", arch="resnet50", image_size=224, base="mocov2", head="normmlp", epochs=200,
+    batch_size=512, lr=0.2, momentum=0.9, weight_decay=1e-4, schedule="cosine-epoch",
+    tau=0.2, knn_t=0.2, queue=65536, key_momentum=0.999,
+    # 8 ranks of 64 images: k > 64 made each image a group of its own there; --group-scope rank
+    k=120, iters=5, tau_cld=0.4, lambda_cld=0.25,
+    crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray=0.2, blur=0.5,
+    amp="auto", channels_last=True, knn_every=50, save_every=5)
+RECIPES = {
+    "demo": dict(  # [K] 512 objects, eight renders of each; k = number of classes, see kitchen
+        NPID | SMALL, dataset="shapes-views", epochs=30, batch_size=128, lr=0.03, k=24,
+        crop=[0.5, 1.0]),
+    "c100-small": dict(  # [K] the protocol that all methods share on a CPU; [S] CLD as in cifar100
+        NPID | SMALL, dataset="cifar100", limit_train=10000, epochs=15, crop=[0.08, 1.0], k=200,
+        knn_t=0.07, knn_every=15),
+    "cifar10": NPID | CIFAR,  # [S]
+    "cifar100": dict(NPID | CIFAR, dataset="cifar100", k=200),  # [S] train_cifar100_npid_cld.sh
+    "cifar10-moco": MOCO,
+    "cifar100-moco": dict(  # [S] train_cifar100_moco_cld.sh; "basic" augmentation
+        MOCO, dataset="cifar100", batch_size=128, lr=0.03, weight_decay=7e-4, queue=4096, k=100,
+        lambda_cld=0.25, jitter=CIFAR["jitter"], jitter_p=1.0, blur=0.0, erase=0.0),
+    "stl10": dict(  # [D] dataloader.py; there is no script: NPID, rate and epochs of CIFAR-10 [K]
+        NPID | CIFAR, dataset="stl10", image_size=96, mean=[0.5] * 3, std=[0.5] * 3),
+    "kitchen": dict(  # [D] CIFAR transforms at 32 px; [A] best with k near the 10 classes; rest [K]
+        NPID | CIFAR, dataset="folder", image_size=32, k=10),
+    "imagenet100": dict(IMAGENET, queue=16384),  # [K] no published hyper-parameters
+    "imagenet": IMAGENET,
+    "imagenet-infomin": dict(  # [S] train_imagenet_infomin_cld.sh and its options
+        IMAGENET, base="infomin", epochs=100, schedule="infomin", warmup=5, tau=0.15, knn_t=0.15,
+        tau_cld=0.8, beta=0.5, jitter=[0.8, 0.8, 0.8, 0.2], randaugment=[2, 10]),  # "D"
+}
+
+# ---------------------------------------------------------------------------------- loss
+
+
+def npid(f, V, index, tau, block=2 ** 26):
+    """Instance loss of NPID, full softmax over the bank (E2).
+
+    Args: f (b, D) unit-norm, with gradient; V (n, D) bank, without; index (b,) int64, the image of
+    each row; tau: T; block: logits at a time. A larger bank is taken by blocks whose logits are
+    computed again in the backward pass: ImageNet's would be 1.3 GB for 256 rows, several times.
+    Returns: (b,) loss of each row.
+    """
+    rows = max(1, block // len(f))
+    if len(V) <= rows:
+        return F.cross_entropy(f @ V.T / tau, index, reduction="none")
+
+    def log_sum_exp(f, part):
+        return (f @ part.T / tau).logsumexp(1)
+
+    parts = [checkpoint(log_sum_exp, f, part, use_reentrant=False) for part in V.split(rows)]
+    return torch.stack(parts).logsumexp(0) - (f * V[index]).sum(1) / tau
+
+
+def exp_similarity(f, V, idx, tau):
+    """exp(f . v_j / T), numerator of E3: f (b, D), V (n, D), idx (b, 1 + m) rows -> (b, 1 + m)."""
+    return ((V[idx] @ f[:, :, None]).squeeze(2) / tau).exp()
+
+
+def npid_nce(P, n, eps=1e-7):
+    """Instance loss of NPID with noise-contrastive estimation (E3).
+
+    Args: P (b, 1 + m) = exp(f . v_j / T) / Z, column 0 the image itself; n images.
+    Returns: (b,) loss of each row.
+    """
+    m = P.shape[1] - 1
+    noise = m / n  # m P_n
+    own = (P[:, 0] / (P[:, 0] + noise + eps)).log()
+    return -own - (noise / (P[:, 1:] + noise + eps)).log().sum(1)
+
+
+def moco_logits(q, k, Q, tau):
+    """[q . k, q Q^T] / T of E5: q, k (b, D), Q (K, D), k and Q without gradient -> (b, 1 + K)."""
+    return torch.cat([(q * k).sum(1, keepdim=True), q @ Q.T], 1) / tau
+
+
+def moco(q, k, Q, tau):
+    """Instance loss of MoCo (E1, E5): the key of the same image against the queue; scalar."""
+    logits = moco_logits(q, k, Q, tau)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
+def infomin(q, q_jig, k, Q, tau, beta):
+    """Instance loss of InfoMin: queries q (2, b, D) and a jigsaw query (b, D), one key; scalar."""
+    both = (moco(q[0], k, Q, tau) + moco(q[1], k, Q, tau)) / 2
+    return (1 - beta) * both + beta * moco(q_jig, k, Q, tau)
+
+
+def byol(p, z):
+    """BYOL: each view's prediction against the other view's target; p, z (2, b, D) unit-norm."""
+    return (2 - 2 * (p * z.flip(0)).sum(2)).mean()
+
+
+def cld(f, k, iters=5, tau=0.2, keys=None, first=0, k_eigen=0):
+    """Cross-level loss (E7): each view's rows against the groups of the other view.
+
+    Args:
+        f: (2, b, D) group features f_G of this rank's rows, unit-norm, with gradient.
+        k, iters, k_eigen: see `group`.
+        tau: T_G > 0.
+        keys: (2, B, D) group features of all that are grouped, with gradient; f itself if None.
+        first: row of f[:, 0] in them.
+
+    Returns: (2, b) loss of each row, L_CLD is its mean; (2, b) bool, whether the nearest centroid
+        of the other view is that of the row's group there (view 1: the authors' group accuracy).
+    Raises: ValueError for a wrong shape or argument.
+    """
+    keys = f if keys is None else keys
+    if f.ndim != 3 or len(f) != 2 or len(keys) != 2:
+        raise ValueError(f"features must be [2, rows, D], got {tuple(f.shape)}")
+    if not tau > 0:
+        raise ValueError(f"tau must be above 0, got {tau}")
+    own = slice(first, first + f.shape[1])
+    groups = [group(x, k, iters, k_eigen) for x in keys]
+    losses, hits = [], []
+    for x, (ids, M) in zip(f, reversed(groups)):  # groups of the other view
+        logits = x @ M.T / tau  # (b, k); an empty group has logit 0 and is never a target
+        losses.append(F.cross_entropy(logits, ids[own], reduction="none"))
+        hits.append(logits.argmax(1) == ids[own])
+    return torch.stack(losses), torch.stack(hits)
+
+
+# ---------------------------------------------------------------------------------- grouping
+
+
+def group(x, k, iters, k_eigen=0):
+    """Groups of the rows of x (N, D): ids (N,) int64 and centroids M (k, D) (E6).
+
+    The gradient flows through M, not through the ids, as in the authors' code: detached centroids
+    would make it about half. k may be larger than N: the other groups stay empty.
+    k_eigen: 0 groups by k-means; above 0 by normalised cuts (E10) with that many eigenvectors.
+    """
+    points = cut_vectors(x, k_eigen) if k_eigen else x
+    ids = kmeans(points, k, iters)
+    return ids, centroids(x, ids, k)
+
+
+@torch.no_grad()
+def kmeans(x, k, iters):
+    """Ids (N,) of k-means in a batch x (N, D): no restart, no test of convergence (E6).
+
+    It starts from the first k rows, which are random since the batch is; both views start from the
+    same images. Ties go to the lower id. float32 or float64, never half.
+    """
+    if x.ndim != 2 or k < 1 or iters < 1:
+        raise ValueError(f"k-means of {tuple(x.shape)} with k = {k}, iters = {iters}: needs rows "
+                         "and columns, k and iters at least 1")
+    ids = None
+    for _ in range(iters):
+        c = x[:k] if ids is None else centroids(x, ids, k)
+        # by differences: with x.x - 2 x.c + c.c rounding would decide between equal centroids
+        ids = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)  # (N,)
+    return ids
+
+
+def centroids(x, ids, k):
+    """Means M (k, D) of the rows of x (N, D) by id, 0 for an empty group; never normalised (E6)."""
+    member = (ids[:, None] == torch.arange(k, device=x.device)).to(x.dtype)  # (N, k)
+    return member.T @ x / member.sum(0).clamp(min=1)[:, None]
+
+
+def affinity(x, sigma=1.0):
+    """Graph W (N, N) of E10: |cos| / sigma between rows of x (N, D), 0 on the diagonal."""
+    x = F.normalize(x, dim=1)
+    return (x @ x.T).abs().div(sigma).fill_diagonal_(0)  # opposite features count as similar
+
+
+@torch.no_grad()
+def cut_vectors(x, k_eigen, sigma=1.0):
+    """Rows to group by normalised cuts: Y (N, k_eigen), column 0 all ones (E10).
+
+    The first eigenvectors of L = D^-1/2 (D - W) D^-1/2, times D^-1/2, over the scalar Y[0, 0].
+    Raises: ValueError if k_eigen is not in 1..N.
+    """
+    if not 1 <= k_eigen <= len(x):
+        raise ValueError(f"{k_eigen} eigenvectors of a graph of {len(x)} rows")
+    # features that are not finite make the loss so, which stops all ranks: here they may not crash
+    W = affinity(x.nan_to_num(), sigma)
+    d = W.sum(1).clamp(min=1e-12)  # a zero row is connected to nothing
+    root = d.rsqrt()
+    L = root[:, None] * (torch.diag(d) - W) * root
+    Y = root[:, None] * torch.linalg.eigh(L).eigenvectors[:, :k_eigen]  # ascending eigenvalues
+    return Y / Y[0, 0]
+
+
+# ---------------------------------------------------------------------------------- model
+
+
+def unit(x):
+    """Rows of norm 1, in float32 at least; a zero row stays zero."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class Jigsaw(nn.Module):
+    """InfoMin's head for nine patches of an image: h (9 b, d) to unit vectors (b, D)."""
+
+    def __init__(self, kind, d, D):
+        super().__init__()
+        self.fc1 = common.head(kind, d, D)
+        self.fc2 = common.head("normlinear" if kind.startswith("norm") else "linear", 9 * D, D)
+
+    def forward(self, h, order):
+        """order (9 b,): the rows of an image in random order, image after image."""
+        return unit(self.fc2(self.fc1(h)[order].reshape(len(h) // 9, -1)))
+
+
+class CLD(nn.Module):
+    """Backbone and sibling heads for instances and groups, which share all but the last layer.
+
+    The key network of MoCo, InfoMin and BYOL is a copy.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.backbone = common.resnet(args.arch, args.stem)
+        if args.stem == "cifar":  # as the authors' CIFAR code leaves them
+            for m in self.backbone.modules():
+                if isinstance(m, nn.Conv2d):
+                    m.reset_parameters()
+        d, D = self.backbone.width, args.dim
+        with_cld, is_byol = args.lambda_cld > 0, args.base == "byol"
+        last = "normlinear" if args.head.startswith("norm") else "linear"
+        mlp = args.head.endswith("mlp") and (with_cld or not is_byol)
+        self.hidden = nn.Sequential(nn.Linear(d, d), nn.ReLU()) if mlp else nn.Identity()
+        # BYOL's 256 outputs are D here, its 4096 hidden units are 2 d (equal for a ResNet-50)
+        self.instance = self.mlp_bn(d, 2 * d, D) if is_byol else common.head(last, d, D)
+        self.predictor = self.mlp_bn(D, 2 * d, D) if is_byol else None
+        self.group = common.head(last, d, D) if with_cld else None
+        self.jigsaw = Jigsaw(args.head, d, D) if args.base == "infomin" else None
+
+    @staticmethod
+    def mlp_bn(d_in, hidden, d_out):
+        """BYOL's projector and predictor."""
+        return nn.Sequential(nn.Linear(d_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+                             nn.Linear(hidden, d_out))
+
+    def forward(self, *views, patches=None, order=None):
+        """Each view (b, 3, S, S) goes alone, so that BatchNorm sees one view at a time.
+
+        Returns: dict of unit vectors f_I (V, b, D); with CLD f_G (V, b, D); of BYOL the prediction
+        p (V, b, D); with patches (9 b, 3, s, s) and their order the jigsaw query q_jig (b, D).
+        """
+        h = [self.backbone(x) for x in views]  # (b, d) each
+        shared = [self.hidden(x) for x in h]
+        z = [self.instance(x) for x in (h if self.predictor else shared)]
+        out = dict(f_I=unit(torch.stack(z)))
+        if self.group is not None:
+            out["f_G"] = unit(torch.stack([self.group(x) for x in shared]))
+        if self.predictor is not None:
+            out["p"] = unit(torch.stack([self.predictor(x) for x in z]))
+        if patches is not None:
+            out["q_jig"] = self.jigsaw(self.backbone(patches), order)
+        return out
+
+
+def uniform_rows(n, D, random):
+    """(n, D) float32 of U(-a, a), a = 1 / sqrt(D / 3): norm about 1, not exactly."""
+    a = (D / 3) ** -0.5
+    return (2 * torch.rand(n, D, generator=random) - 1) * a
+
+
+class Bank(nn.Module):
+    """NPID's memory: V (n, D), one row for every training image, and Z of E3 (-1: not set)."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.register_buffer("V", V)
+        self.register_buffer("Z", V.new_tensor(-1.0))
+
+    @torch.no_grad()
+    def set_Z(self, exps):
+        """n times the mean of exp(f . v / T) over the global batch, once and for all (E3)."""
+        self.Z.copy_(len(self.V) * common.total(exps.mean()) / common.world())
+
+    @torch.no_grad()
+    def update(self, f, index, momentum):
+        """E4 with both views of the global batch, view 2 first, view 1 on top of it.
+
+        Args: f (2, B, D) unit-norm; index (B,) int64, rows of V. Of equal indices the last counts.
+        Raises: IndexError for an index outside V; ValueError if f is not finite. V is as it was.
+        """
+        n = len(self.V)
+        if (outside := (index < 0) | (index >= n)).any():
+            raise IndexError(f"index {int(index[outside][0])} in a bank of {n} rows")
+        if not f.isfinite().all():
+            raise ValueError("features for the bank are not finite")
+        place = torch.arange(len(index), device=index.device)
+        last = torch.zeros(n, dtype=torch.int64, device=index.device).scatter_reduce_(
+            0, index, place, "amax")
+        for view in f.flip(0):
+            v = momentum * self.V[index] + (1 - momentum) * view.to(self.V.dtype)
+            self.V[index] = F.normalize(v, dim=1)[last[index]]  # equal indices: equal rows
+
+
+def cut_patches(x, at, side):
+    """Nine patches of an image: x (b, 3, 3 c, 3 c), at (b, 9, 2) their top and left in the cell.
+
+    Returns: (9 b, 3, side, side), image after image, the cells row by row.
+    """
+    cell, i = x.shape[-1] // 3, torch.arange(9, device=x.device)
+    corner = torch.stack([i // 3, i % 3], 1) * cell + at  # (b, 9, 2)
+    pixel = corner[..., None] + torch.arange(side, device=x.device)  # (b, 9, 2, side)
+    rows, columns = pixel[:, :, 0, :, None], pixel[:, :, 1, None]
+    image = torch.arange(len(x), device=x.device)[:, None, None, None]
+    return x[image, :, rows, columns].permute(0, 1, 4, 2, 3).flatten(0, 1)  # from (b, 9, s, s, 3)
+
+
+def jigsaw_sizes(size):
+    """Cell and patch of InfoMin's 3 x 3 jigsaw in pixels: 85 and 64 for images of 224, else [K]."""
+    return round(85 * size / 224), round(64 * size / 224)
+
+
+def jigsaw_spec(args):
+    """Augmentation of the image that is cut into patches: crop and flip only."""
+    return common.augmentation(args, size=3 * jigsaw_sizes(args.image_size)[0], crop=(0.6, 1.0),
+                               jitter_p=0.0, gray=0.0, blur=0.0, solarize=0.0, erase=0.0,
+                               randaugment=None)
+
+
+def jigsaw(batch, args):
+    """Patches and order of this rank's rows for `CLD.forward`, drawn for the global batch."""
+    cell, side = jigsaw_sizes(args.image_size)
+    x = common.augment(batch.more[0])[0]  # (b, 3, 3 cell, 3 cell)
+    random, B = common.generator(args.seed, batch.step, "jigsaw"), args.batch_size
+    own = slice(batch.first, batch.first + len(x))
+    at = torch.randint(cell - side + 1, (B, 9, 2), generator=random)[own].to(x.device)
+    order = torch.rand(B, 9, generator=random).argsort(1)[own].to(x.device)
+    order = (order + 9 * torch.arange(len(x), device=x.device)[:, None]).flatten()
+    return dict(patches=cut_patches(x, at, side), order=order)
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def train(args):
+    """Train on this rank; see the docstring of the file."""
+    check(args)
+    device = common.setup(args)
+    grouped = args.batch_size // (common.world() if args.group_scope == "rank" else 1)
+    check_groups(args, grouped)
+    data = common.load(args, device)
+    model = CLD(args).to(device, memory_format=common.layout(args))
+    key = None if args.base == "npid" else copy.deepcopy(model).requires_grad_(False)
+    bank, queue = memory(args, len(data.train), device)
+    network = common.ddp(model, args)
+    optimizer, scaler = common.optimizer(args, model), common.scaler(args, device)
+    log = common.Log(args, data)
+    state = dict(model=model, key=key, bank=bank, queue=queue, optimizer=optimizer, scaler=scaler,
+                 log=log)
+    state = {name: part for name, part in state.items() if part is not None}
+    first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
+    spec = common.augmentation(args)
+    views = 2 if args.base in ("npid", "byol") else 3  # MoCo, InfoMin: two queries and the key
+    more = [(jigsaw_spec(args), 1)] if args.base == "infomin" else []
+
+    def knn():
+        if args.knn_feature == "backbone":
+            return common.knn_accuracy(model.backbone, data)
+        return common.knn_accuracy(model, data, pick=lambda out: out["f_I"][0])  # E11
+
+    if first_step == 0:
+        with log.pause():
+            log.write(step=0, knn_top1=knn())
+            common.views_picture(data, spec, f"{args.out}/views.png")
+            common.save(state, 0, args)
+
+    for batch in data.batches(first_step, steps, spec, views, more):
+        step = batch.step
+        x = common.augment(batch)  # (V, b, 3, S, S)
+        with common.autocast(args, device):
+            out = network(x[0], x[1], **(jigsaw(batch, args) if more else {}))
+            keys = key_pass(key, x, args, step)
+        loss, parts = instance_loss(out, keys, bank, queue, batch, args), {}  # E2, E3, E5
+        if args.lambda_cld > 0:
+            f_G = out["f_G"]  # (2, b, D)
+            of_rank = args.group_scope == "rank"  # differs from the released code, which has this
+            l, hit = cld(f_G, args.k, args.iters, args.tau_cld,
+                         keys=f_G if of_rank else common.gather(f_G, dim=1),  # (2, B, D)
+                         first=0 if of_rank else batch.first,
+                         k_eigen=args.k_eigen if args.grouping == "ncuts" else 0)  # E6, E7
+            parts = dict(instance=loss, cld=l.mean(), group_acc=100 * hit[0].double().mean())
+            loss = loss + args.lambda_cld * l.mean()  # E8
+
+        lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
+        optimizer.zero_grad(set_to_none=True)
+        value = common.finite(loss, step)  # all ranks stop together, before a table changes
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if bank is not None:
+            bank.update(common.gather(out["f_I"].detach(), dim=1), common.gather(batch.rows),
+                        args.bank_momentum)  # E4
+        if queue is not None:  # once; the released InfoMin code enqueues for each query
+            queue.enqueue(keys)
+        if key is not None:  # with the weights after the step
+            common.momentum_update(key, model, args.key_momentum)
+        log(step, loss=value, lr=lr, **means(parts))
+
+        if data.end_of_epoch(step, every=args.knn_every):
+            with log.pause():
+                log.write(step=step + 1, knn_top1=knn())
+        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
+            common.save(state, step + 1, args)
+        if common.stopping():
+            break
+    title = args.base + (f" + CLD, k = {args.k}" if args.lambda_cld > 0 else "")
+    common.summary(log, args, f"{title}, {args.dataset}", first_step,
+                   panels=[("group_acc", "group accuracy (%)")])
+
+
+def key_pass(key, x, args, step):
+    """Of views x (V, b, 3, S, S): keys (B, D) of all ranks from view 3 for MoCo and InfoMin, the
+    targets (2, b, D) of BYOL, None for NPID. BatchNorm in training mode, no gradient."""
+    if args.base == "npid":
+        return None
+    if args.base == "byol":
+        with torch.no_grad():
+            return key(x[0], x[1])["f_I"]
+    return common.shuffled_keys(lambda y: key(y)["f_I"][0], x[2], args.seed, step)
+
+
+def instance_loss(out, keys, bank, queue, batch, args):
+    """L_I of both views, mean over this rank's rows: scalar. The tables are only read, but for Z,
+    which the first batch sets."""
+    f = out["f_I"]  # (2, b, D)
+    if args.base == "npid" and args.nce:
+        exps = [exp_similarity(f[v], bank.V, sampled(batch, v, len(bank.V), args), args.tau)
+                for v in (0, 1)]  # (b, 1 + m) each
+        if batch.step == 0:
+            bank.set_Z(exps[0])
+        return sum(npid_nce(e / bank.Z, len(bank.V)).mean() for e in exps) / 2  # E3
+    if args.base == "npid":
+        return sum(npid(v, bank.V, batch.rows, args.tau).mean() for v in f) / 2  # E2
+    if args.base == "byol":
+        return byol(out["p"], keys)
+    k, Q = keys[batch.first:batch.first + f.shape[1]], queue.keys
+    if args.base == "infomin":
+        return infomin(f, out["q_jig"], k, Q, args.tau, args.beta)
+    return sum(moco(q, k, Q, args.tau) for q in f) / 2  # E5
+
+
+def memory(args, n, device):
+    """Bank of NPID and queue of MoCo and InfoMin, or None, with their initial vectors."""
+    random = common.generator(args.seed, 0, "memory")
+    if args.base == "npid":
+        return Bank(uniform_rows(n, args.dim, random).to(device)), None
+    if args.base == "byol":
+        return None, None
+    if args.base == "moco":
+        rows = uniform_rows(args.queue, args.dim, random)
+    else:
+        rows = unit(torch.randn(args.queue, args.dim, generator=random))
+    return None, common.Queue(rows.to(device))
+
+
+def sampled(batch, view, n, args):
+    """Rows of the bank (b, 1 + m) for E3: the image itself, then m drawn with replacement."""
+    random = common.generator(args.seed, batch.step, f"nce {view}")
+    idx = torch.randint(n, (args.batch_size, args.nce), generator=random)  # of the global batch
+    idx = idx[batch.first:batch.first + len(batch.rows)].to(batch.rows.device)
+    return torch.cat([batch.rows[:, None], idx], 1)
+
+
+def means(values):
+    """Means over the ranks of a dict of scalar tensors, as floats."""
+    if not values:
+        return {}
+    sums = common.total(torch.stack([v.detach().double() for v in values.values()]))
+    return dict(zip(values, (sums / common.world()).tolist()))
+
+
+def infomin_rate(step, steps_per_epoch, epochs, lr, warmup=5, start=0.01):
+    """InfoMin's rate: by epoch a cosine to lr / 1000; in the warm-up epochs linear by step to the
+    value of the last of them."""
+    if step < warmup * steps_per_epoch:
+        end = common.cosine_by_epoch(warmup, epochs, lr, lr * 0.1 ** 3)
+        return start + (end - start) * step / (warmup * steps_per_epoch)
+    return common.cosine_by_epoch(step // steps_per_epoch + 1, epochs, lr, lr * 0.1 ** 3)
+
+
+def learning_rate(step, steps_per_epoch, args):
+    """Rate of a step from --schedule: a pure function of the step."""
+    warmup, epoch = args.warmup * steps_per_epoch, step // steps_per_epoch
+    if args.schedule == "cosine-epoch":
+        return common.cosine_by_epoch(epoch, args.epochs, args.lr)
+    if args.schedule == "infomin":
+        return infomin_rate(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
+    if args.schedule == "steps" and step >= warmup:
+        return common.steps_by_epoch(epoch + 1, args.milestones, args.lr)
+    return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, warmup,
+                                start=args.lr / 100, floor=1e-6)
+
+
+def check(args):
+    """BadInput for flags that do not go together, before anything is read."""
+    for flag in ("tau", "tau_cld", "dim", "iters", "k_eigen", "queue"):
+        if not getattr(args, flag) > 0:
+            raise common.BadInput(f"--{flag.replace('_', '-')} must be above 0")
+    for flag in ("lambda_cld", "nce", "warmup"):
+        if not (value := getattr(args, flag)) >= 0:
+            raise common.BadInput(f"--{flag.replace('_', '-')} {value}: must not be below 0")
+    for flag in ("bank_momentum", "key_momentum", "beta"):
+        if not 0 <= (value := getattr(args, flag)) <= 1:
+            raise common.BadInput(f"--{flag.replace('_', '-')} {value}: not in [0, 1]")
+    if args.lambda_cld > 0 and args.k < 2:
+        raise common.BadInput(f"--k {args.k} makes one group only, its loss is 0; at least 2, or "
+                              "--lambda-cld 0")
+    if args.nce and args.base != "npid":
+        raise common.BadInput("--nce goes with --base npid")
+    if args.base in ("moco", "mocov2", "infomin") and args.queue < args.batch_size:
+        raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "
+                              f"{args.batch_size}: it must hold the keys of one step")
+
+
+def check_groups(args, N):
+    """BadInput if N grouped rows have too few eigenvectors; a warning if k is larger than N."""
+    if args.lambda_cld > 0 and args.grouping == "ncuts" and args.k_eigen > N:
+        raise common.BadInput(f"--k-eigen {args.k_eigen}: {N} rows are grouped together, which "
+                              "have as many eigenvectors")
+    if args.lambda_cld > 0 and args.k > N:
+        common.say(f"warning: --k {args.k} for {N} rows that are grouped together: nearly every "
+                   f"image is a group of its own, at least {args.k - N} are empty (logit 0)")
+
+
+def main(argv=None):
+    """Flags and start; `main([...])` runs in this process."""
+    parser = common.Parser("cld", __doc__, RECIPES)
+    add = parser.add_argument_group("CLD").add_argument
+    add("--base", default="npid", choices=["npid", "moco", "mocov2", "infomin", "byol"],
+        help="instance discrimination that CLD is added to (mocov2: MoCo with a unit-norm queue)")
+    add("--lambda-cld", type=float, default=1.0, help="lambda of E8; 0: the base method alone")
+    add("--k", type=int, default=128, help="groups of a view (E6)")
+    add("--iters", type=int, default=5, help="rounds of k-means in the batch")
+    add("--tau-cld", type=float, default=0.2, help="T_G of E7")
+    add("--grouping", default="kmeans", choices=["kmeans", "ncuts"], help="E6, or E10")
+    add("--k-eigen", type=int, default=10, help="eigenvectors that --grouping ncuts uses; "
+        "there is no published value")
+    add("--group-scope", default="global", choices=["global", "rank"],
+        help="rows that are grouped together: the global batch, or those of a process")
+    add("--head", default="linear", choices=["linear", "normlinear", "mlp", "normmlp"],
+        help="both heads; with mlp they share the hidden layer")
+    add("--dim", type=int, default=128, help="D, width of f")
+    add("--tau", type=float, default=0.1, help="T of E2, E3, E5 (and --knn-t of the recipes)")
+    add("--bank-momentum", type=float, default=0.5, help="a of E4")
+    add("--nce", type=int, default=0, help="m of E3; 0: full softmax over the bank (E2)")
+    add("--queue", type=int, default=4096, help="K, keys of MoCo and InfoMin; K >= B")
+    add("--key-momentum", type=float, default=0.999, help="alpha of the key network")
+    add("--beta", type=float, default=0.5, help="InfoMin's weight of the jigsaw query")
+    add("--knn-feature", default="instance", choices=["instance", "backbone"],
+        help="feature of the weighted kNN: f_I, or the pooled output of the backbone")
+    add("--schedule", default="cosine", choices=["cosine", "steps", "cosine-epoch", "infomin"],
+        help="cosine, steps: by iteration, after --warmup epochs; cosine-epoch, infomin: by epoch")
+    add("--warmup", type=int, default=5, help="epochs of linear warm-up (none in cosine-epoch)")
+    add("--milestones", type=int, nargs="+", default=[120, 160, 200],
+        help="epochs from which on --schedule steps has a tenth of the rate")
+    common.run(train, parser, argv)
+
+
+if __name__ == "__main__":
+    main()
