@@ -381,6 +381,68 @@ def test_local_counts_are_another_mean(results, N):
     assert (one["model"]["head.weight"] - found["model"]["head.weight"]).abs().max() > 1e-6
 
 
+def plain_training(more, uni=None):
+    """The losses of a training as the card tells it: one process, plain sums, nothing of rince.py.
+
+    uni: function (step, anchor, rank, number of positives) -> which of them.
+    """
+    args = flags("--epochs", "2", "--dim", "6", "--lr", "0.1", "--queue", "32", *more)
+    data = common.Data(*blob_tables(args), args, CPU)
+    torch.manual_seed(args.seed)
+    f_q, f_k = Net(args, 4), Net(args, 4)
+    f_k.load_state_dict(f_q.state_dict())
+    sgd, steps, losses = common.optimizer(args, f_q), 8, []
+    label, coarse = data.train.columns["label"], data.train.columns["coarse"]
+    Q = F.normalize(torch.randn(args.queue, 6, generator=common.generator(0, 0, "queue")), dim=1)
+    bank = [(k, None) for k in Q.double()]  # the oldest first
+    for batch in data.batches(0, steps, common.augmentation(args)):
+        x, y = common.augment(batch), batch.rows
+        a = f_q(x[0])
+        with torch.no_grad():
+            for k, q in zip(f_k.parameters(), f_q.parameters()):
+                k.copy_(args.m * k + (1 - args.m) * q)
+            p = f_k(x[1])
+        terms = {1: [], 2: []}
+        for n in range(B):
+            others = bank if args.queue else [(p[j], y[j]) for j in range(B) if j != n]
+            rank = [0 if i is None else 1 if label[i] == label[y[n]] else
+                    2 if coarse[i] == coarse[y[n]] else 0 for _, i in others]
+            groups = [[k for (k, _), r in zip(others, rank) if r == i] for i in range(3)]
+            groups[1].insert(0, p[n])
+            if uni:
+                groups[1:] = [[g[uni(batch.step, n, i, len(g))]] if g else [] for i, g in
+                              enumerate(groups[1:])]
+            for i, tau in ((1, 0.1), (2, 0.225)):
+                e = [torch.exp(a[n] @ k / tau) for k in groups[i]]
+                worse = [k for j, g in enumerate(groups) for k in g if j == 0 or j > i]
+                N = sum(torch.exp(a[n] @ k / tau) for k in worse)
+                e = [sum(e)] if i == 2 and e else e
+                terms[i] += [-torch.log(z / (z + N)) for z in e if z / (z + N) > 1e-7]
+        loss = sum(torch.stack(t).mean() if t else 0 for t in terms.values()) / 2
+        for group in sgd.param_groups:
+            group["lr"] = common.warmup_cosine(batch.step, steps, 0.1, 4)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        bank = (bank + list(zip(p, y)))[-len(bank):]
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ["out-in", "in-batch", "uni"])
+def test_training_is_the_plain_one(tmp_path, name):
+    """Order of the step, the queue's labels, which keys are candidates, what is drawn."""
+    more = {"out-in": ["--queue", "24"], "in-batch": ["--queue", "0", "--m", "0.9"],
+            "uni": ["--loss", "rince-uni", "--queue", "0"]}[name]
+
+    def uni(step, n, i, many):
+        u = torch.rand(B, 2, dtype=torch.float64, generator=common.generator(0, step, "positives"))
+        return int(u[n, i] * many)
+
+    expected = plain_training(more, uni if name == "uni" else None)
+    assert train(f"{tmp_path}/run", more)["losses"] == pytest.approx(expected, abs=1e-10)
+
+
 # ------------------------------------------------------------------ whole runs
 
 
