@@ -720,7 +720,6 @@ def check_rince(case, stem, a, p, keys, R, taus, cumulative=False):
     n_pos = torch.stack([terms([n], "out", min_prob=0)[1] for n in range(len(a))])
     assert torch.equal(n_pos, case[f"{stem}/n_pos"])
     if f"{stem}/n_neg" in case:
-        # minus every key that is no negative: term i without positives has log N alone in it
         n_neg = torch.stack([((R == 0) | (R > i)).sum(1) for i in range(1, len(taus) + 1)], 1)
         assert torch.equal(n_neg, case[f"{stem}/n_neg"])
     empty = (n_pos.sum(0) == 0).any()  # then the original's total is a float32 number
@@ -1089,3 +1088,20 @@ def test_similarity_ranks(case):
 @exercises("rince", "meta")
 def test_rince_meta(case):
     assert re.fullmatch(r"\d+\.\d+.*", case["torch"])
+
+
+@pytest.mark.skipif(not (GOLDEN / "imagenet_lists.txt").exists(), reason="no lists there")
+def test_class_lists():
+    """The lists of ImageNet classes are disjoint, 100 each, and `--classes` can read a section."""
+    lists = {}
+    for line in (GOLDEN / "imagenet_lists.txt").read_text().splitlines():
+        if line.startswith("["):
+            name = line.strip("[]")
+        elif line.startswith("n"):
+            lists.setdefault(name, []).append(line.split("\t")[0])
+    imagenet = [c for name in lists if name.startswith("imagenet") for c in lists[name]]
+    assert {name: len(c) for name, c in lists.items()} == {
+        "imagenet100": 100, "imagenet_outliers_split1": 100, "imagenet_outliers_split2": 100,
+        "imagenet_outliers_split3": 100, "tinyimagenet_inliers": 180, "tinyimagenet_outliers": 20}
+    assert len(set(imagenet)) == 400
+    assert len({*lists["tinyimagenet_inliers"], *lists["tinyimagenet_outliers"]}) == 200
