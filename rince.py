@@ -17,7 +17,7 @@ section could not be read: this is the authors' code, but for [P?] (as the paper
     theta_k <- m theta_k + (1 - m) theta_q before the keys; they join the queue after the loss    E7
     class similarities C, thresholds t_2 > t_3 > ..: rank i where t_i <= C < t_{i-1}              E8
     rince-out: E4 in all terms; rince-in: E3; rince-out-in: E4 in term 1, E3 in the others;
-    rince-uni: one positive a rank, drawn; scl: term 1 alone, on classes or superclasses.
+    rince-uni: one positive a rank, drawn; scl: term 1 alone (tau_min), on classes or superclasses.
 
 Sees:   images and ranked labels: a chain of columns (--ranks) or class similarities (--similarity).
 State:  query and key network, queue of K keys with labels, ranks of the classes, ids of the rows.
@@ -195,7 +195,7 @@ def chain_ranks(columns):
         value, times = torch.unique(of_class[:, i:i + 2], dim=0)[:, 0].unique(return_counts=True)
         if (times > 1).any():
             raise ValueError(f"value {int(value[times > 1][0])} of column {i + 1} has several "
-                             f"values of column {i + 2}")
+                             f"values of column {i + 2}, and must have one")
     same = (of_class[:, None] == of_class).sum(2)  # (C, C) nested: the last `same` columns
     return (columns.shape[1] + 1 - same) * (same > 0)
 
@@ -254,35 +254,38 @@ def class_ranks(data, args):
 
     Returns: ids (N,) int64 of the training rows, 0 .. C-1; names, C texts; ranks (C, C) int64.
     """
-    chain = args.ranks[-1:] if args.loss == "scl-superclass" else args.ranks
+    one = args.loss in ("scl-out", "scl-in", "ce")  # see the first column only
+    chain = args.ranks[:1] if one else args.ranks
     columns = torch.stack([data.train.column(c) for c in chain], 1)  # (N, r)
     if (columns < 0).any():
         row, column = (columns < 0).nonzero()[0].tolist()
         raise common.BadInput(f"--ranks {chain[column]}: row {int(data.train.index[row])} of the "
                               "training set has no label (-1)")
-    values, columns[:, 0] = columns[:, 0].unique(return_inverse=True)
+    values, ids = columns[:, 0].unique(return_inverse=True)
+    try:
+        table = chain_ranks(torch.cat([ids[:, None], columns[:, 1:]], 1))
+    except ValueError as error:
+        raise common.BadInput(f"--ranks {' '.join(chain)}: not nested: {error}") from None
+    if args.loss == "scl-superclass":
+        chain = chain[-1:]
+        values, ids = columns[:, -1].unique(return_inverse=True)
+        table = torch.eye(len(values), dtype=torch.int64)
     if len(values) < 2:
         raise common.BadInput(f"--ranks {chain[0]}: one class only, no negatives")
     names = data.train.classes.get(chain[0])
-    if args.similarity and not names:
-        raise common.BadInput(f"--similarity: column {chain[0]} has no class names")
-    known = [str(names[v] if names else v) for v in values.tolist()]
-    if not args.loss.startswith("rince"):
-        return columns[:, 0], known, torch.eye(len(values), dtype=torch.int64)
     if args.similarity:
-        table, source = read_similarity(args.similarity, names, args.threshold), "--similarity"
-        table = table[values][:, values]
-    else:
-        try:
-            table, source = chain_ranks(columns), f"--ranks {' '.join(chain)}"
-        except ValueError as error:
-            raise common.BadInput(f"--ranks {' '.join(chain)}: not nested: {error}") from None
+        if not names:
+            raise common.BadInput(f"--similarity: column {chain[0]} has no class names")
+        table = read_similarity(args.similarity, names, args.threshold)[values][:, values]
     wanted = len(args.threshold) + 1 if args.similarity else len(chain)
     for i in range(2, max(wanted, int(table.max())) + 1):
         if not (table == i).any():
-            raise common.BadInput(f"{source}: no class has another one of rank {i}; take other "
-                                  "columns, or a lower --threshold")
-    return columns[:, 0], known, table
+            raise common.BadInput(
+                f"--similarity {args.similarity}: no pair of classes has rank {i}; take a lower "
+                "--threshold" if args.similarity else
+                f"--ranks {' '.join(chain)}: no pair of classes has rank {i}; leave out "
+                f"{chain[i - 1]}")
+    return ids, [str(names[v] if names else v) for v in values.tolist()], table
 
 
 def describe(names, table, taus, args):
@@ -355,7 +358,8 @@ def train(args):
     spec, form = common.augmentation(args), FORMS[args.loss]
 
     if first_step == 0:
-        describe(names, table, taus, args)
+        if args.loss != "ce":
+            describe(names, table, taus, args)
         with log.pause():
             log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data))
             common.views_picture(data, spec, f"{args.out}/views.png")
@@ -405,7 +409,7 @@ def train(args):
             break
     unseen = "" if args.dataset == "shapes" else " --outliers NAME=FILE"
     common.summary(log, args, f"RINCE, --loss {args.loss}, {args.dataset}", first_step, more=[
-        f"  ranks        {args.out}/ranks.json",
+        *([f"  ranks        {args.out}/ranks.json"] if args.loss != "ce" else []),
         f"  OOD test     python ood_eval.py --checkpoint {args.out}/checkpoint.pt{unseen}"])
 
 
