@@ -317,7 +317,8 @@ def picture(path, args, scores, results):
         bottom.set(xlabel="outliers above the threshold", ylabel="in-distribution above it",
                    aspect="equal")
         bottom.legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"{args.checkpoint}, {args.dataset}" +
+    network = "untrained network" if args.checkpoint == "none" else args.checkpoint
+    figure.suptitle(f"{network}, {args.dataset}" +
                     (" (synthetic)" if args.dataset == "shapes" else ""), fontsize=9)
     figure.tight_layout()
     common.replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
