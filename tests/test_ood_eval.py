@@ -304,6 +304,13 @@ def test_other_checkpoints_and_labels(tmp_path, small, monkeypatch, rendered):
     assert found["data"]["train"] == 200 and found["data"]["test"] == 240
 
 
+def test_one_image_a_class(tmp_path, capsys):
+    found = run(tmp_path, "--checkpoint", "none", "--limit-train", "24", "--bootstrap", "0")
+    assert found["data"]["train"] == 24
+    assert all(0 < v < 100 for s in found["results"]["unseen"].values() for v in s.values())
+    assert "24 classes have no more training images than features" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------- bad input
 
 
