@@ -57,7 +57,8 @@ SMALL = dict(  # optimiser and schedule of all methods' small runs; the method's
     queue=2048)                                     # [K] 8 batches, as 4096 is of 512
 RECIPES = {
     "demo": dict(  # ranks: shape x pattern, then shape
-        SMALL, ranks=["label", "coarse"], epochs=20, crop=[0.5, 1.0]),
+        SMALL, ranks=["label", "coarse"], epochs=20, crop=[0.5, 1.0],
+        queue=0, m=0.9),                            # [K] 320 steps are too few for an old queue
     "c100-small": dict(  # the protocol that all methods share on a CPU
         SMALL, dataset="cifar100", limit_train=10000, epochs=15, ranks=["label", "coarse"],
         crop=[0.08, 1.0], knn_every=15),
