@@ -30,6 +30,9 @@ Shapes: B global batch, n rows of this rank, D embedding width, M candidates, r 
     torchrun --nproc_per_node=4 rince.py --recipe imagenet100 --data-dir DIR --similarity FILE
     python rince.py --recipe c100-small --loss ce                          # baseline, same views
     python rince.py --recipe c100-small --loss ce --jitter-p 0 --gray 0    # crop and flip only
+Measured: demo 84 CPU seconds in two processes, 1 GB each, kNN 13.5 -> 94 % (synthetic), AUROC of
+unseen shapes 53.8 -> 96.9 % by `ood_eval.py`; c100-small 140 CPU seconds, 1.2 GB, results in the
+README. The GPU recipes were not run yet.
 """
 import copy
 import csv

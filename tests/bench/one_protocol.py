@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 C100 = "clinfonce.py --recipe c100-small --clusters"
 RINCE = "rince.py --recipe c100-small --loss"
+BATCH = "--queue 0 --m 0.9"  # as in the demo on shapes; these rows came after the others
 FASHION = "clinfonce.py --recipe fashion --clusters"
 NO_CATEGORY = "gender baseColour season year usage"
 SETS = {  # rows: name, labels that it saw, training command (None: the untrained network)
@@ -39,10 +40,15 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
               ("RINCE-out", "fine, coarse", f"{RINCE} rince-out"),
               ("SCL-out", "100 fine classes", f"{RINCE} scl-out"),
               ("SCL-superclass", "20 coarse classes", f"{RINCE} scl-superclass"),
-              ("cross-entropy", "100 fine classes", f"{RINCE} ce")],
+              ("cross-entropy", "100 fine classes", f"{RINCE} ce"),
+              ("RINCE-out-in, no queue", "fine, coarse", f"{RINCE} rince-out-in {BATCH}"),
+              ("RINCE-out, no queue", "fine, coarse", f"{RINCE} rince-out {BATCH}"),
+              ("SCL-out, no queue", "100 fine classes", f"{RINCE} scl-out {BATCH}"),
+              ("SCL-superclass, no queue", "20 coarse classes", f"{RINCE} scl-superclass {BATCH}")],
         ood=dict(
             rows=["untrained", "RINCE-out-in", "RINCE-out", "SCL-out", "SCL-superclass",
-                  "cross-entropy"],
+                  "cross-entropy", "RINCE-out-in, no queue", "RINCE-out, no queue",
+                  "SCL-out, no queue", "SCL-superclass, no queue"],
             evaluation="--bootstrap 200 --outliers cifar10=cifar10_test.npz "
                        "tinyimagenet=ood_tinyimagenet_val_32.npz gtsrb=ood_gtsrb_test_32.npz "
                        "dtd=ood_dtd_part_32.npz",
@@ -121,8 +127,8 @@ def write_table(args, name, rows, columns, kinds):
                         json.loads(path.read_text())["results"].items()} for paths in kept], []
         for path in columns.values():
             values = [look_up(results, path) for results in mine]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
         logs = sorted((ROOT / "results" / args.set).glob(f"{slug(row)}-[0-9]*.jsonl"))
         seconds = [json.loads(log.read_text().splitlines()[-2])["cpu_seconds"]
                    for log in logs]
