@@ -156,6 +156,19 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
                           missing=[k for k in shapes if k not in fits])
 
 
+def open_backbone(args, checkpoint):
+    """The backbone that --checkpoint names; what is known about it, as a dict and as a line."""
+    if args.checkpoint == "none":
+        return (common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem),
+                f"untrained {args.arch}, {args.stem} stem, seed {args.seed}")
+    backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
+    left_out = ", ".join(f"{k} ({n})" for k, n in about["left_out"].items())
+    return backbone, about, (
+        f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, {about['stem']} stem, "
+        f"loaded from '{about['prefix']}*'; left out: {left_out or 'nothing'}; missing: "
+        f"{', '.join(about['missing'][:3]) or 'nothing'}")
+
+
 # ---------------------------------------------------------------------------------- rows
 
 
@@ -385,12 +398,12 @@ def progress(steps, total, what):
                 mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
-def results_file(args):
+def results_file(args, script="linear_eval"):
     """Where the results go; BadInput if it cannot be written or is not from an equal run."""
     folder = Path(args.checkpoint).parent
     if args.checkpoint == "none":
         folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
-    path = folder / f"linear_eval-{args.recipe}-{args.label}.json" if args.out is None else \
+    path = folder / f"{script}-{args.recipe}-{args.label}.json" if args.out is None else \
         Path(args.out)
     above = next(p for p in path.absolute().parents if p.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
@@ -398,7 +411,7 @@ def results_file(args):
     if path.exists():
         try:
             old = json.loads(path.read_text())
-            old = old["args"] if old["script"] == "linear_eval.py" else {}["args"]
+            old = old["args"] if old["script"] == f"{script}.py" else {}["args"]
         except (OSError, ValueError, KeyError, TypeError):
             raise common.BadInput(f"{path} is no file of this script; use another --out") from None
         new, free = common.plain(args), (*common.FREE_FLAGS, "picture", "device")
@@ -466,15 +479,7 @@ def evaluate(args, checkpoint):
     path, flags, device = results_file(args), common.plain(args), common.setup(args)
     with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if args.checkpoint == "none":
-        backbone, about = common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
-        words = [f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"]
-    else:
-        backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
-        words = [f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, "
-                 f"{about['stem']} stem, loaded from '{about['prefix']}*'; left out: " +
-                 (", ".join(f"{k} ({n})" for k, n in about["left_out"].items()) or "nothing") +
-                 f"; missing: {', '.join(about['missing'][:3]) or 'nothing'}"]
+    backbone, about, words = open_backbone(args, checkpoint)
     data, names, notes = load(args, device)
     for column in args.retrieval_labels:
         data.train.column(column), data.test.column(column)
@@ -482,7 +487,7 @@ def evaluate(args, checkpoint):
     if given and args.knn_k > len(data.train):  # the default takes as many as there are
         raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training images")
     if common.rank() == 0:
-        print("\n".join(words + notes), flush=True)
+        print("\n".join([words, *notes]), flush=True)
 
     backbone, h = backbone.to(device, memory_format=common.layout(args)).eval(), None
     if args.mode != "fast":

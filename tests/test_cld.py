@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from conftest import write_folder
 from PIL import Image
 from ranks import blob_tables, close, many, normal
+from runs import SMALL, checkpoint, differences, end, flat, log_of, start, stop_started, torchrun
 from torch import nn
 
 import cld
 import common
 import linear_eval
-from runs import SMALL, checkpoint, differences, end, flat, log_of, start, stop_started, torchrun
 
 B = 16  # rows of the global batch
 CPU = torch.device("cpu")

@@ -29,6 +29,8 @@ import cld
 import clinfonce
 import common
 import linear_eval
+import ood_eval
+import rince
 import wcl
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -47,6 +49,14 @@ GROUPS = {  # method -> documented groups, each of which must be there
         "kmeans", "cld", "ncut", "npid/full", "npid/full2", "npid/nce", "npid/nce2", "npid/total",
         "npid/gathered", "moco/queue", "moco/cifar", "moco/imagenet", "infomin/queue",
         "infomin/fixed", "infomin/jigsaw", "normlinear", "linear", "mlp", "normmlp", "knn", "lr",
+    ],
+    "rince": [
+        "rank1", "rank2", "rank3", "rank4", "rank2tau", "rank4tau", "rank3const", "rank3f32",
+        "edge_rank2_undefined", "edge_rank2_not_in_queue", "edge_empty_queue",
+        "edge_no_negatives", "edge_no_negatives_all_ranks", "edge_tiny_probability", "uni",
+        "inbatch", "cifar100", "cifar", "scl", "sclsuper", "queue_fifo", "queue_ring",
+        "queue_ring_exact", "queue_fifo_overfull", "ema", "trainstep", "ddp", "lr", "ood_full",
+        "ood_rankdef", "retrieval", "hier",
     ],
 }
 
@@ -1532,3 +1542,426 @@ def test_cld_lr(case):
                      warmup=case.get("warmup_epochs"), milestones=case["decay_epochs"].tolist())
     args = SimpleNamespace(lr=base, epochs=E, **flags)
     close([cld.learning_rate(s, iters, args) for s in range(E * iters)], expected, what="lr")
+
+
+# ===================================================================================== RINCE
+
+RINCE_FORMS = {"in": "in", "out": "out", "outin": "out-in"}
+
+
+def distance_table(class_dist, taus, low, high):
+    """(C, C) ranks of the loss cases: hop distances d as rank d + 1, those without a term 0.
+
+    The original counts only the ranks of the classes in the batch; they are numbered anew here.
+    """
+    r = len(taus)
+    steps = [round(4 * (tau - low) / (high - low)) for tau in taus] if high > low else range(r)
+    table = torch.zeros_like(class_dist)
+    for rank, distance in enumerate(steps, 1):
+        table[class_dist == distance] = rank
+    return table, list(steps)
+
+
+def check_rince(case, stem, a, p, keys, R, taus, cumulative=False):
+    """loss, loss_per_rank, per_anchor, n_pos, n_neg and grad_anchor below `stem` of a case."""
+    form, taus = RINCE_FORMS[stem.split("/")[-1]], taus.tolist()
+    exact = a.dtype == torch.float64
+    f64 = 1e-9 if exact else 1e-5
+    a = leaf(a)
+
+    def terms(rows=slice(None), form=form, **more):
+        return rince.rince(a[rows], p[rows], keys, R[rows], taus, form, cumulative, **more)
+
+    loss = rince.mean_of_ranks(*terms())
+    loss.backward()
+    sums, counts = terms()
+    close((sums / counts.clamp(min=1)).double(), case[f"{stem}/loss_per_rank"], f64, atol=1e-11,
+          what="per rank")
+    n_pos = torch.stack([terms([n], "out", min_prob=0)[1] for n in range(len(a))])
+    assert torch.equal(n_pos, case[f"{stem}/n_pos"])
+    if f"{stem}/n_neg" in case:
+        n_neg = torch.stack([((R == 0) | (R > i)).sum(1) for i in range(1, len(taus) + 1)], 1)
+        assert torch.equal(n_neg, case[f"{stem}/n_neg"])
+    empty = (n_pos.sum(0) == 0).any()  # then the original's total is a float32 number
+    close(loss.double(), case[f"{stem}/loss"].double(), 1e-6 if empty else f64, atol=1e-11,
+          what="loss")
+    close(grad(a), case[f"{stem}/grad_anchor"], 1e-6 if empty else f64, atol=1e-11, what="grad")
+    per_anchor = [(s / c).where(c > 0, torch.nan) for s, c in map(terms, [[n] for n in
+                                                                          range(len(a))])]
+    expected = case[f"{stem}/per_anchor"]
+    per_anchor = torch.stack(per_anchor).double()
+    assert torch.equal(per_anchor.isnan(), expected.isnan())
+    close(per_anchor.nan_to_num(), expected.nan_to_num(), f64, atol=1e-11, what="per anchor")
+
+
+def check_queue_case(case):
+    """(E1) to (E6) on a queue; returns R and the temperatures."""
+    low, high, taus = case.get("min_tau"), case.get("max_tau"), case["taus"]
+    table, steps = distance_table(case["class_dist"], taus.tolist(), low, high)
+    R = rince.rank_of(case["labels"], case["queue_labels"], table)
+    theirs = torch.zeros_like(R)
+    for rank, distance in enumerate(steps, 1):  # theirs has gaps where a rank is not defined
+        theirs[:, 1:][case["rank_of_queue"] == distance + 1] = rank
+    theirs[:, 0] = 1
+    assert torch.equal(R, theirs)
+    ours = rince.temperatures(max(steps) + 1, low, high)
+    close([ours[s] for s in steps], taus, 1e-6, what="temperatures")
+    for stem in RINCE_FORMS:
+        check_rince(case, stem, case["anchor"], case["pos"], case["queue"], R, taus)
+    return R, taus
+
+
+@exercises("rince", "rank*")
+def test_rince(case):
+    check_queue_case(case)
+
+
+@exercises("rince", "edge_*")
+def test_rince_edges(case):
+    """An empty queue, ranks without positives or negatives, tiny pi."""
+    check_queue_case(case)
+
+
+@exercises("rince", "uni")
+def test_rince_uni(case):
+    """One positive a rank: there is nothing to draw, and both forms are one."""
+    R, taus = check_queue_case(case)
+    u = torch.rand(len(R), len(taus), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rince.one_per_rank(R, u), R)
+    losses = torch.stack([case[f"{stem}/loss"] for stem in RINCE_FORMS])
+    close(losses, losses[:1].expand_as(losses))
+
+
+@exercises("rince", "inbatch")
+def test_rince_in_batch(case):
+    """Without a queue the candidates are the keys of the other images of the batch."""
+    taus = case["taus"]
+    table, _ = distance_table(case["class_dist"], taus.tolist(), case.get("min_tau"),
+                              case.get("max_tau"))
+    R = rince.rank_of(case["labels"], case["labels"], table, first=0)
+    for stem in RINCE_FORMS:
+        check_rince(case, stem, case["anchor"], case["pos"], case["pos"], R, taus)
+
+
+def cifar_table():
+    """Ranks of the fine classes, from the chain fine, coarse."""
+    coarse = Case("rince", "cifar100")["fine_to_coarse"]
+    return rince.chain_ranks(torch.stack([torch.arange(len(coarse)), coarse], 1))
+
+
+@exercises("rince", "cifar100")
+def test_cifar100_classes(case):
+    names, coarse = case["fine_names"], case["fine_to_coarse"]
+    table = cifar_table()
+    assert len(names) == len(table) and names == sorted(names)
+    assert torch.equal(table == 1, torch.eye(len(table), dtype=torch.bool))
+    assert torch.equal(table > 0, coarse[:, None] == coarse)
+    for name, siblings in (("apple", "mushroom orange pear sweet_pepper"),):
+        row = table[names.index(name)]
+        assert [names[i] for i in (row == 2).nonzero().flatten()] == siblings.split()
+    assert torch.equal(coarse.bincount(), torch.full((int(coarse.max()) + 1,), 5))
+
+
+def cifar_inputs(case):
+    return case["anchor"], case["pos"], case["queue"]
+
+
+@exercises("rince", "cifar")
+def test_rince_on_cifar(case):
+    """Rank 2: the siblings (same0), or own class and siblings, as their command trains (same1)."""
+    R = rince.rank_of(case["labels"], case["queue_labels"], cifar_table())
+    close(rince.temperatures(len(case["taus"]), 0.1, 0.6), case["taus"], 1e-6)
+    for same, cumulative in (("same0", False), ("same1", True)):
+        for stem in RINCE_FORMS:
+            check_rince(case, f"{same}/{stem}", *cifar_inputs(case), R, case["taus"], cumulative)
+
+
+@exercises("rince", "scl*")
+def test_scl(case):
+    """One rank: the class, or the superclass with labels of its own."""
+    cifar = Case("rince", "cifar")
+    labels = case if "labels" in case else cifar
+    y, y_keys = labels["labels"], labels["queue_labels"]
+    table = torch.eye(int(max(y.max(), y_keys.max())) + 1, dtype=torch.int64)
+    R = rince.rank_of(y, y_keys, table)
+    if "labels" in case:
+        coarse = Case("rince", "cifar100")["fine_to_coarse"]
+        assert torch.equal(coarse[cifar["labels"]], y)
+    for stem in ("in", "out"):
+        check_rince(case, stem, *cifar_inputs(cifar), R, case["taus"])
+
+
+def contents_of(keys, labels):
+    """Rows of a queue in an order of their own."""
+    return torch.cat([keys, labels[:, None].to(keys.dtype)], 1).unique(dim=0)
+
+
+def check_queue(case, ring):
+    def turned(x):  # a list loses its last row first, a ring the one at its pointer
+        return x.clone() if ring else x.flip(0)
+
+    queue = common.Queue(turned(case["queue0"]))
+    queue.labels.copy_(turned(case["labels0"]))
+    for step in case.numbered("step{}"):
+        now = case.below(f"step{step}")
+        queue.enqueue(turned(now["keys"]), turned(now["key_labels"]))
+        if ring:
+            assert torch.equal(queue.keys, now["queue"])
+            assert torch.equal(queue.labels, now["queue_labels"])
+            assert queue.ptr == now["ptr"] % len(queue.keys)
+        assert torch.equal(contents_of(queue.keys, queue.labels),
+                           contents_of(now["queue"], now["queue_labels"]))
+
+
+@exercises("rince", "queue_ring*")
+def test_queue_ring(case):
+    """Their pointer is K where ours is 0."""
+    check_queue(case, ring=True)
+
+
+@exercises("rince", "queue_fifo")
+def test_queue_list(case):
+    """A list with the newest first has the same keys in another order."""
+    check_queue(case, ring=False)
+
+
+@exercises("rince", "queue_fifo_overfull")
+def test_queue_smaller_than_the_batch(case):
+    """The original's list grows to the batch; here that is an error."""
+    keys = case["keys"]
+    assert torch.equal(case["queue"], keys) and torch.equal(case["queue_labels"],
+                                                            case["key_labels"])
+    with pytest.raises(ValueError):
+        common.Queue(torch.zeros(len(keys) - 1, keys.shape[1])).enqueue(keys, case["key_labels"])
+
+
+@exercises("rince", "ema")
+def test_momentum_encoder(case):
+    """(E7) on weights, biases and BatchNorm's weights; its running statistics stay."""
+    d_out, d_in = case["w_k0"].shape
+    m = case.get("m")
+
+    def network(w, b, bn):
+        module = nn.Sequential(nn.Linear(d_in, d_out), nn.BatchNorm1d(d_out)).double()
+        with torch.no_grad():
+            for p, value in zip(module.parameters(), (w, b, bn), strict=False):
+                p.copy_(value)
+        return module
+
+    first = case.below("step0")
+    before = (first["bn_w_k"] - (1 - m) * first["bn_w_q"]) / m  # not stored
+    key = network(case["w_k0"], case["b_k0"], before)
+    key[1].running_mean.copy_(case["rm_k0"])
+    for step in case.numbered("step{}"):
+        now = case.below(f"step{step}")
+        common.momentum_update(key, network(now["w_q"], now["b_q"], now["bn_w_q"]), m)
+        for ours, name in ((key[0].weight, "w_k"), (key[0].bias, "b_k"), (key[1].weight, "bn_w_k"),
+                           (key[1].running_mean, "rm_k")):
+            close(ours, now[name], what=f"step {step} {name}")
+
+
+def linear_pair(case):
+    """Bias-free linear encoders f_q and f_k, the queue, and SGD, as a training case begins."""
+    w_q, w_k = (nn.ParameterList([nn.Parameter(case["w0"].clone())]) for _ in range(2))
+    queue = common.Queue(case["queue0"].clone())
+    queue.labels.copy_(case["labels0"])
+    sgd = torch.optim.SGD(w_q.parameters(), case.get("lr"), case.get("momentum"),
+                          weight_decay=case.get("weight_decay"))
+    taus = rince.temperatures(2, case.get("min_tau"), case.get("max_tau"))
+    return w_q, w_k, queue, sgd, torch.tensor(taus).tolist()  # rounded to float32, as theirs are
+
+
+@exercises("rince", "trainstep/*")
+def test_rince_steps(case):
+    """Whole steps, out-in. The CIFAR code updates f_k after the keys, and its rank 2 is cumulative;
+    ours is the order of the other branch."""
+    cifar = case.name == "cifar"
+    w_q, w_k, queue, sgd, taus = linear_pair(case)
+    if cifar:
+        queue.keys, queue.labels = queue.keys.flip(0), queue.labels.flip(0)
+        table = cifar_table()
+    else:
+        table = distance_table(case["class_dist"], taus, case.get("min_tau"),
+                               case.get("max_tau"))[0]
+    for step in case.numbered("step{}"):
+        now = case.below(f"step{step}")
+        a = F.normalize(now["x_q"] @ w_q[0].T, dim=1)
+        if not cifar:
+            common.momentum_update(w_k, w_q, case.get("m"))
+        p = F.normalize(now["x_k"] @ w_k[0].T, dim=1).detach()
+        R = rince.rank_of(now["labels"], queue.labels, table)
+        terms = rince.rince(a, p, queue.keys, R, taus, "out-in", cifar)
+        loss = rince.mean_of_ranks(*terms)
+        sgd.zero_grad()
+        loss.backward()
+        f64 = 1e-9 if step and (terms[1] > 0).all() else 1e-6
+        close(loss.double(), now["loss"].double(), f64, atol=1e-11, what=f"step {step} loss")
+        close(w_q[0].grad, now["grad_w"], f64, 1e-6, what=f"step {step} gradient")
+        if cifar:
+            common.momentum_update(w_k, w_q, case.get("m"))
+        sgd.step()
+        turned = (lambda t: t.flip(0)) if cifar else (lambda t: t)  # see check_queue
+        queue.enqueue(turned(p), turned(now["labels"]))
+        # a first step that was float32 in the original stays visible in the weights
+        close(w_q[0], now["w_q"], 1e-6, what=f"step {step} w_q")
+        close(w_k[0], now["w_k"], 1e-6, what=f"step {step} w_k")
+        close(contents_of(queue.keys, queue.labels),
+              contents_of(now["queue"], now["queue_labels"]), 1e-6, what=f"step {step} queue")
+        if not cifar:
+            assert torch.equal(queue.labels, now["queue_labels"])
+            assert queue.ptr == now["ptr"] % len(queue.keys)
+
+
+@exercises("rince", "ddp")
+def test_rince_ranks(case):
+    """Two processes of the original: each takes the mean over its own anchors or pairs.
+
+    Passing local counts gives their numbers. Ours are the global mean: the same for the mean over
+    anchors where all have a positive, another for pairs.
+    """
+    x, labels = case["x"], case["labels"]  # (steps, W, 2, B, D), (steps, W, B)
+    differs = []
+    for variant, form in RINCE_FORMS.items():
+        w_q, w_k, queue, sgd, taus = linear_pair(case)
+        table = distance_table(case["class_dist"], taus, case.get("min_tau"),
+                               case.get("max_tau"))[0]
+        for step in range(len(x)):
+            now = case.below(f"{variant}/step{step}")
+            common.momentum_update(w_k, w_q, case.get("m"))
+            terms, local, keys = [], [], []
+            sgd.zero_grad()
+            for r in range(x.shape[1]):
+                y = labels[step, r]
+                raw = F.normalize(x[step, r, 0] @ w_q[0].T, dim=1)
+                a = raw.detach().requires_grad_()
+                p = F.normalize(x[step, r, 1] @ w_k[0].T, dim=1).detach()
+                R = rince.rank_of(y, queue.labels, table)
+                terms.append(rince.rince(a, p, queue.keys, R, taus, form))
+                keys.append(p)
+                loss = rince.mean_of_ranks(*terms[-1])
+                local.append(loss.item())
+                loss.backward()
+                raw.backward(a.grad / x.shape[1])  # DDP's mean
+                empty = (terms[-1][1] == 0).any()  # a float32 total, now or in a step before
+                f64 = 1e-6 if empty or step else 1e-9
+                stem = f"rank{r}"
+                close(loss.double(), now[f"{stem}/loss"].double(), 1e-6, what=f"{stem} loss")
+                close(a, now[f"{stem}/anchor"], 1e-6, what=f"{stem} anchor")
+                close(p, now[f"{stem}/key"], 1e-6, what=f"{stem} key")
+                close(a.grad, now[f"{stem}/grad_anchor"], f64, 1e-6, what=f"{stem} gradient")
+            close(w_q[0].grad, now["grad_w_mean"], 1e-6, what="gradient")
+            # the rule of `train`: sums over the ranks' counts added up, times W
+            counts = sum(c for _, c in terms)
+            ours = [len(terms) * rince.mean_of_ranks(s, counts).item() for s, _ in terms]
+            mean = sum(ours) / len(ours)
+            differs.append(abs(mean - sum(local) / len(local)))
+            y, p = labels[step].flatten(), torch.cat(keys)
+            a = F.normalize(x[step, :, 0].flatten(0, 1) @ w_q[0].T, dim=1)
+            R = rince.rank_of(y, queue.labels, table)
+            close(mean, rince.mean_of_ranks(*rince.rince(a, p, queue.keys, R, taus, form)).detach(),
+                  what="one process")
+            sgd.step()
+            queue.enqueue(p, y)
+            for ours, name in ((w_q[0], "w_q"), (w_k[0], "w_k"), (queue.keys, "queue")):
+                close(ours, now[name], 1e-6, what=f"{variant} step {step} {name}")
+            assert torch.equal(queue.labels, now["queue_labels"])
+            assert queue.ptr == now["ptr"] % len(queue.keys)
+    assert max(differs) > 1e-2
+
+
+@exercises("rince", "lr/*")
+def test_rince_rates(case):
+    lr, epochs, cosine, warm, rate, iterations = case["config"].tolist()
+    epochs, iterations = int(epochs), int(iterations)
+    each = range(1, epochs + 1)
+    if not cosine:
+        close([common.steps_by_epoch(e, [60, 75, 90], lr, rate) for e in each], case["epoch_lr"],
+              1e-12)
+        recipe = linear_eval.RECIPES["cifar"]
+        assert recipe["milestones"] == [60, 75, 90] and recipe["schedule"] == "steps"
+        return
+    close([common.cosine_by_epoch(e, epochs, lr, lr * rate ** 3) for e in each], case["epoch_lr"],
+          1e-12)
+    given = case["iter_lr_epochs_1_to_11"]  # (11, iterations)
+    warmup = 10 if warm else 0
+    close([rince.paper_rate(step, iterations, epochs, lr, warmup, rate)
+           for step in range(given.numel())], given.flatten(), 1e-12)
+
+
+@exercises("rince", "ood_*")
+def test_ood_gaussian(case):
+    """The class-conditional Gaussian and its AUROC; rows of the file: outliers, then inliers."""
+    x = torch.cat([case["out_features"], case["in_features"]])
+    inlier = case["is_inlier"].bool()
+    assert torch.equal(inlier, torch.arange(len(x)) >= len(case["out_features"]))
+    density = ood_eval.class_log_densities(case["train_features"], case["train_labels"], x,
+                                           case.get("reg_covar"))
+    singular = case["train_labels"].bincount().max() <= x.shape[1]
+    tolerance = 1e-7 if singular else 1e-9
+    close(density, case["class_loglik"], tolerance, what="class_loglik")
+    score = density.max(1).values
+    close(score, case["score"], tolerance, what="score")
+    found = ood_eval.metrics(*ood_eval.histogram(score[inlier], score[~inlier]))
+    assert found["AUROC"].item() == pytest.approx(case.get("auroc"), abs=1e-12)
+
+
+@exercises("rince", "retrieval")
+def test_retrieval(case):
+    """R@k; and their curves, which we do not have, by code of the tests."""
+    bank, query = (F.normalize(case[f"{part}_features"], dim=1) for part in ("train", "test"))
+    ks = case["K"].tolist()
+    for kind in ("fine", "coarse"):
+        y_bank, y = case[f"train_{kind}"], case[f"test_{kind}"]
+        found = common.retrieval(query, y, bank, y_bank, ks=ks)
+        assert [found[f"R@{k}"] / 100 for k in ks] == pytest.approx(
+            case[f"{kind}/recall_at_k"].tolist(), abs=1e-12)
+        rows = common.top_k(query, bank, len(bank))[1]
+        right = (y_bank[rows] == y[:, None]).double().cumsum(1)  # (Q, N)
+        precision = (right / torch.arange(1, len(bank) + 1)).mean(0)
+        recall = (right / right[:, -1:]).mean(0)
+        close(precision, case[f"{kind}/precision"].double(), 1e-6, atol=1e-6)
+        close(recall, case[f"{kind}/recall"].double(), 1e-6, atol=1e-6)
+        # differs from an average precision: the first point is left out
+        assert ((recall[1:] - recall[:-1]) * precision[1:]).sum().item() == pytest.approx(
+            case.get(f"{kind}/AP"), abs=1e-6)
+
+
+@exercises("rince", "hier")
+def test_similarity_ranks(case):
+    """(E8). The original goes by names: classes that share one become each other's rank 1."""
+    ids, of, name = case["class_ids"], case["name_of_class"], case["names"]
+    similarity = case["similarity"][of][:, of]
+    ours = rince.similarity_ranks(similarity, [case.get("threshold")])
+    index, value = case["sim_class_idx"], case["sim_class_val"]  # padded with -2, -1
+    assert index.shape == value.shape == (len(ids), case.get("n_sim_classes"))
+    theirs = torch.zeros_like(ours)
+    for c in range(len(ids)):
+        real = index[c] >= 0
+        theirs[c, index[c][real]] = (1 + (1 - value[c][real]) / 0.25).round().long()
+    twins = (of[:, None] == of) & ~torch.eye(len(of), dtype=torch.bool)
+    assert len(name) == len(of.unique())
+    assert torch.equal(ours[~twins], theirs[~twins])
+    assert (theirs[twins] == 1).all() and (ours[twins] == 2).all()  # ours goes by class ids
+    assert (ours.diagonal() == 1).all()
+
+
+@exercises("rince", "meta")
+def test_rince_meta(case):
+    assert re.fullmatch(r"\d+\.\d+.*", case["torch"])
+
+
+@pytest.mark.skipif(not (GOLDEN / "imagenet_lists.txt").exists(), reason="no lists there")
+def test_class_lists():
+    """The lists of ImageNet classes are disjoint, 100 each, and `--classes` can read a section."""
+    lists = {}
+    for line in (GOLDEN / "imagenet_lists.txt").read_text().splitlines():
+        if line.startswith("["):
+            name = line.strip("[]")
+        elif line.startswith("n"):
+            lists.setdefault(name, []).append(line.split("\t")[0])
+    imagenet = [c for name in lists if name.startswith("imagenet") for c in lists[name]]
+    assert {name: len(c) for name, c in lists.items()} == {
+        "imagenet100": 100, "imagenet_outliers_split1": 100, "imagenet_outliers_split2": 100,
+        "imagenet_outliers_split3": 100, "tinyimagenet_inliers": 180, "tinyimagenet_outliers": 20}
+    assert len(set(imagenet)) == 400
+    assert len({*lists["tinyimagenet_inliers"], *lists["tinyimagenet_outliers"]}) == 200

@@ -1,0 +1,422 @@
+"""Out-of-distribution detection with the backbone of a checkpoint: test images of the data set that
+it was trained on (in-distribution) against sets of outliers.
+
+--checkpoint takes every file that linear_eval.py reads, and `none`, the untrained network. The
+scores are high for in-distribution images; whatever they need is fitted to the training images
+alone, under the test view. Nothing is tuned on the outliers: every number below was fixed before.
+With F_c the L2-normalised backbone features of the n_c training images of class c, x those of a
+test image:
+
+    gaussian     max_c log N(x; mu_c, Sigma_c), mu_c = mean of F_c, Sigma_c = (1 / n_c) sum of
+                 (f - mu_c)(f - mu_c)^T + ridge I      the headline; RINCE's protocol             G1
+    mahalanobis  -min_c (x - mu_c)^T Sigma^-1 (x - mu_c), one Sigma for all classes: the mean of
+                 (f - mu_c)(f - mu_c)^T over all images, + ridge I         (Lee et al. 2018)      G2
+    knn          -|x - f_(k)|, f_(k) the k-th nearest of all training images: no labels
+                                                                           (Sun et al. 2022)      G3
+    softmax      max_c p_c of the classifier, for a checkpoint of --loss ce
+                                                      (Hendrycks and Gimpel 2017)                 G4
+
+Metrics, in percent, with the in-distribution images as positives unless said otherwise. Equal
+scores are one threshold: no order within a tie is ever invented.
+
+    AUROC        area under the ROC curve, a tie counts 1/2
+    AUPR-in      average precision;  AUPR-out: the outliers are the positives, low scores first
+    FPR95        share of outliers above the highest threshold that keeps 95 % of the inliers
+    FPR95-out    share of inliers below the lowest threshold that catches 95 % of the outliers
+
+The intervals are bootstrap percentiles (2.5, 97.5) over the test images and outliers; they hold the
+network fixed, so they say nothing about other seeds. Images of another size are resized as those of
+the test set are, and normalised with its mean and deviation.
+
+    python ood_eval.py --checkpoint runs/rince-demo-seed0/checkpoint.pt   # shapes: unseen shapes
+    python ood_eval.py --checkpoint none                                  # the untrained network
+    python ood_eval.py --checkpoint FILE --outliers cifar10 dtd=ood_dtd_part_32.npz art=DIR/images
+Shapes: N training images, C classes, D width of the backbone, n test images and outliers, T
+distinct scores.
+"""
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import common
+import linear_eval
+
+# ---------------------------------------------------------------------------------- recipes
+
+RECIPES = {
+    "rince": dict(  # RINCE's protocol: the ridge is that of scikit-learn's GaussianMixture
+        ridge=1e-6,
+        k=50, bootstrap=1000),  # chosen for this project, before any figure was seen
+}
+METRICS = ("AUROC", "AUPR-in", "AUPR-out", "FPR95", "FPR95-out")
+
+# ---------------------------------------------------------------------------------- scores
+
+
+def covariance(F_c, ridge):
+    """Mean (D,) and covariance (D, D) of rows (n, D), divisor n, with ridge on the diagonal."""
+    mu = F_c.mean(0)
+    Sigma = (F_c - mu).T @ (F_c - mu) / len(F_c)
+    return mu, Sigma + ridge * torch.eye(len(mu), dtype=Sigma.dtype, device=Sigma.device)
+
+
+def whitened(x, mu, L):
+    """Squared Mahalanobis distances (n,) of x (n, D) to mu, from the Cholesky factor of Sigma."""
+    return torch.linalg.solve_triangular(L, (x - mu).T, upper=False).square().sum(0)
+
+
+def cholesky(Sigma, what):
+    """Lower factor; RunFailed if the ridge does not make Sigma positive definite."""
+    L, wrong = torch.linalg.cholesky_ex(Sigma)
+    if wrong or not L.isfinite().all():
+        raise common.RunFailed(f"the covariance of {what} is not positive definite; use a larger "
+                               "--ridge")
+    return L
+
+
+def class_log_densities(train, labels, x, ridge=1e-6):
+    """log N(x; mu_c, Sigma_c) (G1) in float64; the score of x is its maximum over the classes.
+
+    Args: train (N, D), labels (N,) int64, x (n, D). A class of few images has a singular
+    covariance, of one image the ridge alone.
+    Returns: (n, C) float64, classes ascending. Raises: ValueError for features that are not finite.
+    """
+    train, x = train.double(), x.double()
+    if not (train.isfinite().all() and x.isfinite().all()):
+        raise ValueError("features are not finite")
+    densities = []
+    for c in labels.unique().tolist():
+        mu, Sigma = covariance(train[labels == c], ridge)
+        L = cholesky(Sigma, f"class {c}")
+        log_det = 2 * L.diagonal().log().sum()
+        densities.append(-0.5 * (len(mu) * math.log(2 * math.pi) + log_det + whitened(x, mu, L)))
+    return torch.stack(densities, 1)
+
+
+def mahalanobis(train, labels, x, ridge=1e-6):
+    """Minus the smallest squared Mahalanobis distance to a class mean, tied covariance (G2).
+
+    Args as of `class_log_densities`. Returns: (n,) float64.
+    """
+    train, x = train.double(), x.double()
+    ids, place = labels.unique(return_inverse=True)
+    means = torch.stack([train[place == c].mean(0) for c in range(len(ids))])  # (C, D)
+    centred = train - means[place]
+    Sigma = centred.T @ centred / len(train)
+    L = cholesky(Sigma + ridge * torch.eye(len(Sigma), dtype=Sigma.dtype, device=Sigma.device),
+                 "all classes")
+    return -torch.stack([whitened(x, mu, L) for mu in means], 1).min(1).values
+
+
+def knn_distance(train, x, k=50):
+    """Minus the Euclidean distance to the k-th nearest training row (G3), by faiss on the CPU.
+
+    Args: train (N, D), x (n, D), unit-norm. Returns: (n,) float64. Raises: ValueError if k > N.
+    """
+    import faiss
+
+    if not 1 <= k <= len(train):
+        raise ValueError(f"k = {k} for {len(train)} training images")
+    index = faiss.IndexFlatL2(train.shape[1])
+    index.add(train.float().cpu().numpy())
+    square = index.search(x.float().cpu().numpy(), k)[0][:, -1]  # (n,)
+    return -torch.from_numpy(square).double().clamp(min=0).sqrt()
+
+
+def max_softmax(h, weight, bias):
+    """Largest class probability of features h (n, D), not normalised, under a linear head (G4)."""
+    return (h.double() @ weight.double().T + bias.double()).softmax(1).max(1).values
+
+
+# ---------------------------------------------------------------------------------- metrics
+
+
+def histogram(inliers, outliers):
+    """Numbers of inliers and outliers (T,), float64, at each distinct score, the highest first.
+
+    Args: scores (n_in,) and (n_out,). Raises: ValueError without scores or for a NaN.
+    """
+    if not (len(inliers) and len(outliers)):
+        raise ValueError(f"{len(inliers)} inliers and {len(outliers)} outliers: both are needed")
+    scores = torch.cat([inliers, outliers])
+    if scores.isnan().any():
+        raise ValueError("a score is NaN")
+    value, place = scores.unique(return_inverse=True)
+    place = len(value) - 1 - place  # descending
+    return tuple(torch.bincount(p, minlength=len(value)).double()
+                 for p in place.split([len(inliers), len(outliers)]))
+
+
+def average_precision(hits, misses):
+    """Sum over thresholds of (recall - recall before) * precision; (..., T) -> (...)."""
+    tp, fp = hits.cumsum(-1), misses.cumsum(-1)
+    # a bootstrap sample may lack the first scores: nothing found yet, and no step of recall
+    return (hits * tp / (tp + fp).clamp(min=1)).sum(-1) / tp[..., -1]
+
+
+def false_rate(hits, misses):
+    """Share of `misses` at the first threshold that has 95 % of `hits`; (..., T) -> (...)."""
+    tp, fp = hits.cumsum(-1), misses.cumsum(-1)
+    first = (100 * tp >= 95 * tp[..., -1:]).int().argmax(-1, keepdim=True)
+    return (fp.gather(-1, first) / fp[..., -1:]).squeeze(-1)
+
+
+def metrics(hits, misses):
+    """The five metrics as fractions, from numbers of inliers and outliers, see `histogram`.
+
+    Args: hits, misses (..., T); leading dimensions are bootstrap samples.
+    Returns: dict of name -> (...) float64.
+    """
+    tp, fp = hits.cumsum(-1), misses.cumsum(-1)
+    below = tp - hits / 2  # inliers above an outlier's score, those level with it by half
+    upside_down = misses.flip(-1), hits.flip(-1)  # low scores first, outliers are the positives
+    return {"AUROC": (misses * below).sum(-1) / (tp[..., -1] * fp[..., -1]),
+            "AUPR-in": average_precision(hits, misses), "AUPR-out": average_precision(*upside_down),
+            "FPR95": false_rate(hits, misses), "FPR95-out": false_rate(*upside_down)}
+
+
+def intervals(hits, misses, samples, seed):
+    """Bootstrap: percentiles 2.5 and 97.5 of every metric, images drawn with replacement.
+
+    Args: hits, misses (T,) of `histogram`. Returns: dict of name -> [low, high].
+    """
+    T = len(hits)
+    places = [torch.arange(T).repeat_interleave(n.long()) for n in (hits, misses)]  # of each image
+    many, found = max(1, 2 ** 22 // (T + max(map(len, places)))), []
+    for start in range(0, samples, many):
+        g, R = common.generator(seed, start, "bootstrap"), min(many, samples - start)
+        drawn = [place[torch.randint(len(place), (R, len(place)), generator=g)]
+                 for place in places]
+        counts = [torch.bincount((d + T * torch.arange(R)[:, None]).flatten(), minlength=R * T)
+                  .view(R, T).double() for d in drawn]
+        found.append(metrics(*counts))
+    q = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {name: torch.cat([f[name] for f in found]).quantile(q).tolist() for name in METRICS}
+
+
+# ---------------------------------------------------------------------------------- images
+
+
+def load(args, device):
+    """common.Data of the in-distribution images, its training images those with a label."""
+    data = common.load(argparse.Namespace(**{**vars(args), "batch_size": 1}), device)
+    y, y_test = (t.column(args.label) for t in (data.train, data.test))
+    if (known := y >= 0).logical_not().any():
+        data.train = data.train.select(known.nonzero().flatten())
+    if not len(data.train):
+        raise common.BadInput(f"--label {args.label}: no training image has a label")
+    if len(new := y_test[(y_test >= 0) & ~torch.isin(y_test, y)].unique()):
+        names = data.train.classes.get(args.label) or range(int(new.max()) + 1)
+        raise common.BadInput(f"--label {args.label}: test images of class {names[int(new[0])]}, "
+                              "which has no training image, are not in-distribution")
+    if args.k > len(data.train):
+        raise common.BadInput(f"--k {args.k}: there are {len(data.train)} training images")
+    return data
+
+
+def outliers(text, args, device):
+    """Name and common.Table of one word of --outliers."""
+    name, _, place = text.rpartition("=")
+    if not name and text == "unseen":
+        images, columns, classes, _ = common.shapes(1024, seed=2, unseen=True)
+        table = common.Table(columns, classes, images)
+    elif not name and text in ("shapes", "cifar10", "cifar100", "stl10") and text != args.dataset:
+        other = argparse.Namespace(**{**vars(args), "dataset": text})
+        table = common.SOURCES[text](other)[1]
+    elif name:
+        path = Path(args.data_dir) / place
+        if path.is_dir():
+            files = sorted(str(p) for p in path.rglob("*")
+                           if p.suffix.lower() in common.IMAGE_ENDINGS)
+            if not files:
+                raise common.BadInput(f"--outliers {text}: no image below {path}")
+            table = common.Table({}, {}, paths=files)
+        elif path.suffix == ".npz":
+            table = common.npz_table(path)
+        else:
+            raise common.BadInput(f"--outliers {text}: {path} is neither a folder nor an npz pack")
+    else:
+        raise common.BadInput(f"--outliers {text}: write unseen, another data set (shapes, "
+                              "cifar10, cifar100, stl10), NAME=FILE.npz or NAME=FOLDER below "
+                              "--data-dir")
+    if table.images is not None:
+        table.images = table.images.to(device)
+    return name or text, table
+
+
+def classifier(checkpoint):
+    """Weight (C, D) and bias (C,) of the head of a checkpoint of --loss ce, else None."""
+    if checkpoint.get("format") != 1 or checkpoint["args"].get("loss") != "ce":
+        return None
+    return [checkpoint["state"]["model"][f"head.{name}"] for name in ("weight", "bias")]
+
+
+def score_images(args, h_train, y, h, head):
+    """Every score of features h (n, D), fitted to h_train (N, D) and y (N,): name -> (n,)."""
+    train, x = (F.normalize(z.double(), dim=1) for z in (h_train, h))
+    found = dict(gaussian=class_log_densities(train, y, x, args.ridge).max(1).values,
+                 mahalanobis=mahalanobis(train, y, x, args.ridge),
+                 knn=knn_distance(train, x, args.k))
+    if head is not None:
+        found["softmax"] = max_softmax(h, *(p.to(h.device) for p in head))
+    return {name: s.cpu() for name, s in found.items()}
+
+
+# ---------------------------------------------------------------------------------- results
+
+
+def lines_of(results, spread):
+    """Lines for the terminal: one for every set of outliers and score."""
+    lines = [f"  {'outliers':14} {'score':12} {'AUROC':22}" + "".join(
+        f"{m:>11}" for m in METRICS[1:])]
+    for name, of_set in results.items():
+        for score, of_score in of_set.items():
+            low, high = spread[name][score]["AUROC"] if spread else (math.nan, math.nan)
+            text = f"{of_score['AUROC']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if spread else "")
+            lines.append(f"  {name:14} {score:12} {text:22}" + "".join(
+                f"{of_score[m]:11.2f}" for m in METRICS[1:]))
+    return lines
+
+
+def picture(path, args, scores, results):
+    """PNG: for each set of outliers the histograms of the headline score, below it the ROC curves.
+
+    scores: set -> score -> (inliers, outliers). None without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(scores), figsize=(4 * len(scores), 6.6), squeeze=False)
+    for name, (top, bottom) in zip(scores, axes.T, strict=True):
+        pair = scores[name]["gaussian"]
+        q = torch.tensor([0.005, 0.995], dtype=torch.float64)  # singular classes have long tails
+        low, high = zip(*(s.quantile(q).tolist() for s in pair), strict=True)
+        for s, label in zip(pair, ("in-distribution", name), strict=True):
+            top.hist(s.clamp(min(low), max(high)).numpy(), bins=50, range=(min(low), max(high)),
+                     density=True, alpha=0.55, label=label)
+        top.set(title=f"{name}: AUROC {results[name]['gaussian']['AUROC']:.1f} %", yticks=[],
+                xlabel="class-conditional Gaussian, log-density")
+        top.legend(fontsize=8)
+        for score, pair in scores[name].items():
+            tp, fp = (F.pad(n.cumsum(0) / n.sum(), (1, 0)) for n in histogram(*pair))
+            bottom.plot(fp, tp, label=f"{score} {results[name][score]['AUROC']:.1f}")
+        bottom.plot([0, 1], [0, 1], color="0.7", lw=1)
+        bottom.set(xlabel="outliers above the threshold", ylabel="in-distribution above it",
+                   aspect="equal")
+        bottom.legend(fontsize=8, loc="lower right")
+    network = "untrained network" if args.checkpoint == "none" else args.checkpoint
+    figure.suptitle(f"{network}, {args.dataset}" +
+                    (" (synthetic)" if args.dataset == "shapes" else ""), fontsize=9)
+    figure.tight_layout()
+    common.replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    plt.close(figure)
+    return path
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(args, checkpoint):
+    """Evaluate on this rank; see the docstring of the file."""
+    begin = time.time()
+    check(args)
+    path = linear_eval.results_file(args, "ood_eval")
+    flags, device = common.plain(args), common.setup(args)
+    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    backbone, about, words = linear_eval.open_backbone(args, checkpoint)
+    data = load(args, device)
+    sets = [outliers(text, args, device) for text in args.outliers]
+    if len({name for name, _ in sets}) < len(sets):
+        raise common.BadInput("--outliers: two sets of one name")
+    backbone = backbone.to(device, memory_format=common.layout(args)).eval()
+    tables = [data.train, data.test, *(table for _, table in sets)]
+    h_train, *h = (common.features(backbone, data, table).to(device) for table in tables)
+    y = data.train.columns[args.label].to(device)
+    if common.rank() > 0:
+        return
+    if not all(z.isfinite().all() for z in (h_train, *h)):
+        raise common.RunFailed(f"checkpoint {args.checkpoint}: its features are not finite")
+    print(words)
+    if few := int((y.unique(return_counts=True)[1] <= h_train.shape[1]).sum()):
+        print(f"{few} classes have no more training images than features ({h_train.shape[1]}): "
+              f"their covariance is singular but for the ridge {args.ridge:g}")
+    found = score_images(args, h_train, y, torch.cat(h), classifier(checkpoint))
+    parts = {name: s.split([len(z) for z in h]) for name, s in found.items()}
+    results, spread, scores = {}, {}, {}
+    for i, (name, _) in enumerate(sets, 1):
+        scores[name] = {score: (s[0], s[i]) for score, s in parts.items()}
+        counts = {score: histogram(*pair) for score, pair in scores[name].items()}
+        results[name] = {score: {m: 100 * v.item() for m, v in metrics(*n).items()}
+                         for score, n in counts.items()}
+        if args.bootstrap:
+            spread[name] = {score: {m: [100 * v for v in pair] for m, pair in intervals(
+                *n, args.bootstrap, args.seed).items()} for score, n in counts.items()}
+    ours = checkpoint if checkpoint.get("format") == 1 else {}
+    record = dict(
+        script="ood_eval.py", command=" ".join(["ood_eval.py", *args.argv]),
+        checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
+        backbone=about, headline="gaussian", label=args.label, seed=args.seed, results=results,
+        intervals=spread, data=dict(train=len(data.train), test=len(data.test),
+                                    outliers={name: len(t) for name, t in sets}),
+        args=flags, processes=common.world(), threads=torch.get_num_threads(),
+        device=common.device_name(device),
+        versions=dict(python=sys.version.split()[0], torch=torch.__version__,
+                      torchvision=torchvision.__version__), seconds=round(time.time() - begin, 1))
+    source = args.dataset + (" (synthetic)" if args.dataset == "shapes" else "")
+    print(f"in-distribution: {source}, column {args.label}, fitted to {len(data.train)} training "
+          f"images, {len(data.test)} test images; outliers: "
+          f"{', '.join(f'{name} {len(t)}' for name, t in sets)}")
+    print("\n".join([*lines_of(results, spread), "  percent; headline: gaussian; [95 % bootstrap "
+                     "interval over images]"]))
+    common.replace(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    print(f"  {'results':14} {path}")
+    print(f"  {'picture':14} {picture(path.with_suffix('.png'), args, scores, results)}")
+
+
+def check(args):
+    """BadInput for flags that cannot work; fills in the outliers of the built-in data."""
+    if args.dataset not in common.SOURCES:
+        raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
+    if args.outliers is None:
+        if args.dataset != "shapes":
+            raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
+        args.outliers = ["unseen"]
+    if not (0 < args.ridge < math.inf):
+        raise common.BadInput(f"--ridge {args.ridge} must be above 0")
+    if args.k < 1 or args.bootstrap < 0:
+        raise common.BadInput("--k must be above 0 and --bootstrap not below 0")
+
+
+def main(argv=None):
+    """Flags and start; `main([...])` runs in this process."""
+    parser = linear_eval.Parser("ood_eval", __doc__, RECIPES)
+    parser.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
+    add("--outliers", nargs="+", help="unseen (shapes), another data set, NAME=FILE.npz, "
+        "NAME=FOLDER; the files below --data-dir")
+    add("--out", help="JSON file (default: ood_eval-RECIPE-LABEL.json beside the checkpoint)")
+    add("--ridge", type=float, default=1e-6, help="on the diagonal of a covariance (G1, G2)")
+    add("--k", type=int, default=50, help="k of the k-NN distance (G3)")
+    add("--bootstrap", type=int, default=1000, help="samples of the intervals, 0: none")
+    parser.set_defaults(recipe="rince", lr=None, dataset=None, arch=None, stem=None, subset=None,
+                        fraction=None, lr_256=None)
+    common.run(lambda args: evaluate(args, parser.checkpoint), parser, argv)
+
+
+if __name__ == "__main__":
+    main()
