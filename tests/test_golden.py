@@ -10,7 +10,9 @@ A documented group that is missing fails, and so does a key that no test reads.
 Tolerances are relative in float64 and relative to the largest entry in float32.
 """
 import functools
+import inspect
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -25,6 +27,7 @@ from torch import nn
 
 import clinfonce
 import common
+import sogclr_clip
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -33,6 +36,20 @@ GROUPS = {  # method -> documented groups, each of which must be there
         "supcon", "supcon_2rank", "step", "lr", "kmeans", "kmeans_loss", "schedule", "accuracy",
         "attr", "hier_synthetic", "wordnet", "dual_1rank", "dual_2rank", "dual_step_1rank",
         "dual_step_2rank", "projection_head", "lars",
+    ],
+    "sogclr_clip": [
+        "meta", "clip", "clip_t001", "clip_learn", "clip_pers", "cyclip", "cyclip_l", "vicreg",
+        "vicreg_small", "sogclr", "sogclr_t001", "sogclr_g01", "sogclr_sqh", "sogclr_dup",
+        "sogclr_late", "sogclr_upstream", "sogclr_dro", "sogclr_dro_cos", "sogclr_dro_exp",
+        "isogclr_new", "isogclr_new_eta", "isogclr_new_tempnet", "isogclr_new_v1",
+        "isogclr_new_v2", "isogclr_new_v2_lam", "onlineclr", "onlineclr_t001", "hybrid",
+        "hybrid_fixed", "hybrid_base", "hybrid_clamp", "hybrid_intended", "sogclr_mine",
+        "sogclr_mine_half", "sogclr_mine_zero", "fastclip_v0", "fastclip_v1", "fastclip_v2",
+        "fastclip_v3", "fastclip_sched", "siglip", "sogclr_unimodal", "retrieval",
+        "retrieval_uneven", "zeroshot", "lr_upstream", "lr_fork100k", "lr_short", "caption",
+        "ws2_clip", "ws2_cyclip", "ws2_vicreg", "ws2_sogclr", "ws2_sogclr_upstream",
+        "ws2_sogclr_dro", "ws2_isogclr_new", "ws2_isogclr_new_v2", "ws2_onlineclr",
+        "ws2_sogclr_unimodal",
     ],
 }
 
@@ -671,3 +688,219 @@ def test_lars(case):
         assert after.keys() == parameters.keys()
         for name, expected in after.items():
             close(parameters[name], expected, 1e-10, 1e-6, what=f"after{step + 1} {name}")
+
+
+# ===================================================================================== SogCLR on CLIP
+#
+# One direction after the other: images (rows of S) against texts, texts against images. Cases of
+# two ranks hold the global batch; there the loss of the original is that of all pairs on every
+# rank, and its gradients are the slices of one process (see `of`).
+
+
+def clip_cases(*patterns):
+    """`exercises` for several patterns, in both precisions if the test has a `dtype`."""
+    def decorate(test):
+        marked = [exercises("sogclr_clip", pattern)(test) for pattern in patterns]
+        found = [case for mark in marked for case in mark.pytestmark[0].args[1]]
+        checked = marked[-1]  # all are the same but for their cases
+        checked.pytestmark = []
+        if "dtype" in inspect.signature(test).parameters:
+            checked = pytest.mark.parametrize("dtype", [torch.float64, torch.float32],
+                                              ids=["f64", "f32"])(checked)
+        return pytest.mark.parametrize("case", found, ids=[c.prefix for c in found])(checked)
+
+    return decorate
+
+
+def of(case, name, t, dtype=None):
+    """Result `name` of step t. Two ranks: gradients are joined, the rest must be the same."""
+    x = case[name]
+    if not case.prefix.startswith("ws2"):
+        x = x[t]
+    elif name.startswith("grad"):
+        x = x[:, t].flatten(0, 1)
+    else:
+        assert torch.equal(x[0], x[1]), name
+        x = x[0, t]
+    return x if dtype is None else x.to(dtype)
+
+
+def hyper(case):
+    """All hp_ scalars; those of a case with two ranks stand in the case of one."""
+    found = {k.removeprefix("hp_"): case.get(k) for k in case.arrays if k.startswith("hp_")}
+    stem = case.prefix.removeprefix("ws2_") + "/hp_"
+    return {k.removeprefix(stem): v.item() for k, v in arrays("sogclr_clip").items()
+            if k.startswith(stem)} | found
+
+
+def features_of(case, t, dtype=torch.float64):
+    """Leaves img, txt (B, D), columns of the own pairs, and the mask of negatives."""
+    img, txt = (leaf(case[k][t].to(dtype)) for k in ("in_img", "in_txt"))
+    own = torch.arange(len(img))
+    return img, txt, own, sogclr_clip.negatives(own, len(img))
+
+
+def same_step(case, t, loss, img, txt, dtype=torch.float64):
+    """Loss (None: the file has none) and both gradients of a step."""
+    if loss is not None:
+        close(loss, of(case, "loss", t, dtype), 1e-10, 1e-4, 1e-12 if dtype.itemsize > 4 else 1e-5,
+              what=f"{case.prefix} loss {t}")
+        loss.backward()
+    for name, x in (("grad_img", img), ("grad_txt", txt)):
+        close(grad(x), of(case, name, t, dtype), 1e-10, 1e-4, 1e-12 if dtype.itemsize > 4 else 1e-5,
+              what=f"{case.prefix} {name} {t}")
+
+
+def walk(case, direction, dtype, N, **start):
+    """Run a loss with state through all steps of a case and compare everything.
+
+    direction(S, own, negative, old, hp, epoch, side, t) gives L and the new values of the rows;
+    state is kept here by id, `start` are its initial values.
+    """
+    hp, B = hyper(case), case["in_img"].shape[1]
+    case.read.add("extra")  # informative only
+    state = {s: {k: torch.full((N,), v, dtype=dtype) for k, v in start.items()} for s in "IT"}
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        loss = 0.0
+        for side, S, ids in (("I", img @ txt.T, case["in_img_ids"][t]),
+                             ("T", txt @ img.T, case["in_txt_ids"][t])):
+            old = {k: v[ids] for k, v in state[side].items()}
+            L, new = direction(S, own, negative, old, hp, case["in_epoch"][t].item(), side, t)
+            for k, v in new.items():
+                state[side][k][ids] = v
+            loss = loss + L
+        same_step(case, t, loss, img, txt, dtype)
+        for side in "IT":
+            same_state(case, t, side, state[side], dtype, B, hp)
+    return state
+
+
+def same_state(case, t, side, state, dtype, B, hp):
+    s, b = of(case, f"s_{side}", t), of(case, f"b_{side}", t)
+    seen = s > 0
+    expected = s.log() + b
+    if "isogclr_new" in case.prefix and "_v" not in case.prefix:
+        expected = expected - math.log(B - 1)  # a sum there, a mean here
+    atol = 1e-10 if dtype == torch.float64 else 2e-4
+    close(state["log_u"][seen], expected[seen].to(dtype), 1e-10, 1e-5, atol, f"log u {side} {t}")
+    assert (state["log_u"][~seen] == -math.inf).all()
+    if "b" in state:
+        close(state["b"], b.to(dtype), 1e-10, 1e-4, 1e-12, f"b {side} {t}")
+    for name, key in (("tau", "tau"), ("v", "u")):
+        if name in state:
+            close(state[name], of(case, f"{key}_{side}", t, dtype), 1e-10, 1e-4,
+                  1e-12 if dtype == torch.float64 else 1e-5, f"{name} {side} {t}")
+
+
+def size(case):
+    """N of the data set: hp_N, or the width of a table."""
+    return hyper(case)["N"] if "hp_N" in case else case["s_I"].shape[-1]
+
+
+@clip_cases("meta")
+def test_sogclr_meta(case):
+    assert case["sizes_B_D_N_T"].numel() == 4 and case["seed"].dim() == 0
+
+
+@clip_cases("clip", "clip_t001", "ws2_clip")
+def test_clip(case, dtype):
+    """(E1); two ranks: also the loss and gradients of one process, stored beside."""
+    tau = hyper(case)["temperature"]
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        loss = (sogclr_clip.clip(img @ txt.T, own, negative, tau)
+                + sogclr_clip.clip(txt @ img.T, own, negative, tau)) / 2
+        same_step(case, t, loss, img, txt, dtype)
+        full(case, t, loss, img, txt, dtype)
+
+
+def full(case, t, loss, img, txt, dtype):
+    """What the files of two ranks say about one process."""
+    case.read |= {"in_img_ids", "in_txt_ids", "in_epoch"} & case.arrays.keys()
+    for name, x in (("full_loss", loss), ("full_grad_img", img.grad), ("full_grad_txt", txt.grad)):
+        if name in case:
+            close(x, case[name][t].to(dtype), 1e-10, 1e-4, 1e-12, name)
+
+
+@clip_cases("clip_learn")
+def test_clip_with_learnable_tau(case, dtype):
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        tau = leaf(case["hp_temperature"].to(dtype))
+        loss = (sogclr_clip.clip(img @ txt.T, own, negative, tau)
+                + sogclr_clip.clip(txt @ img.T, own, negative, tau)) / 2
+        same_step(case, t, loss, img, txt, dtype)
+        close(tau.grad, case["gradp_temp"][t].to(dtype), 1e-10, 1e-4, what="gradp_temp")
+
+
+@clip_cases("clip_pers")
+def test_clip_with_tau_per_sample(case):
+    """The original divides columns by the temperatures of rows; ours divides rows."""
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t)
+        tau_I, tau_T = leaf(case["in_image_tau"]), leaf(case["in_text_tau"])
+        p, q = case["in_img_ids"][t], case["in_txt_ids"][t]
+        fixed = (sogclr_clip.clip(img @ txt.T, own, negative, tau_I[p][:, None])
+                 + sogclr_clip.clip(txt @ img.T, own, negative, tau_T[q][:, None])) / 2
+        close(fixed, case["loss_rowwise_fixed"][t], 1e-10, what="row-wise")
+        buggy = (F.cross_entropy(img @ txt.T / tau_I[p], own)
+                 + F.cross_entropy(txt @ img.T / tau_T[q], own)) / 2
+        assert abs(fixed.item() - buggy.item()) > 1e-3
+        same_step(case, t, buggy, img, txt)
+        close(tau_I.grad, case["gradp_image_tau"][t], 1e-10, atol=1e-12)
+        close(tau_T.grad, case["gradp_text_tau"][t], 1e-10, atol=1e-12)
+
+
+@clip_cases("cyclip", "cyclip_l", "ws2_cyclip")
+def test_cyclip(case, dtype):
+    hp = hyper(case)
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        S_I, S_T = img @ txt.T, txt @ img.T
+        loss = (sogclr_clip.clip(S_I, own, negative, hp["temperature"])
+                + sogclr_clip.clip(S_T, own, negative, hp["temperature"])) / 2
+        loss = loss + sogclr_clip.cyclip(S_I, S_T, img @ img.T, txt @ txt.T, hp["lambda_in"],
+                                         hp["lambda_cross"])
+        same_step(case, t, loss, img, txt, dtype)
+        full(case, t, loss, img, txt, dtype)
+
+
+@clip_cases("vicreg", "vicreg_small", "ws2_vicreg")
+def test_vicreg(case, dtype):
+    hp = hyper(case)
+    for t in range(len(case["in_img"])):
+        img, txt, *_ = features_of(case, t, dtype)
+        loss = sogclr_clip.vicreg(img, txt, hp["sim"], hp["std"], hp["cov"])
+        same_step(case, t, loss, img, txt, dtype)
+        full(case, t, loss, img, txt, dtype)
+
+
+@clip_cases("sogclr", "sogclr_t001", "sogclr_g01", "sogclr_sqh", "sogclr_late", "sogclr_upstream",
+            "ws2_sogclr", "ws2_sogclr_upstream")
+def test_sogclr(case, dtype):
+    """(E4) to (E11). The original's rule for a first visit after epoch 0 is u = gamma g; its
+    earlier release counts the pair itself and knows no rule for epoch 0."""
+    upstream = case.prefix.endswith("upstream")
+    full_only = dict(s_I=0) if upstream else {}
+
+    def direction(S, own, negative, old, hp, epoch, side, t):
+        gamma = 1.0 if epoch == 0 and not upstream else hp["gamma"]
+        D = sogclr_clip.difference(S, own)
+        if case.prefix == "sogclr_sqh":  # the surrogate of the original, not offered here
+            D = (D + hp["surrogate_c"]).clamp(min=0).square()
+        if upstream:
+            tau = torch.full_like(S[:, 0], hp["temperature"])
+            L, log_u, b, _ = sogclr_clip.sogclr_dro(D, own, negative, old["log_u"], old["b"], tau,
+                                                    gamma, 0.0, hp["eps"])
+        else:
+            L, log_u, b = sogclr_clip.sogclr(D, negative, old["log_u"], old["b"],
+                                             hp["temperature"], gamma, hp["eps"])
+        return L, dict(log_u=log_u, b=b)
+
+    assert isinstance(full_only, dict)
+    walk(case, direction, dtype, size(case), log_u=-math.inf, b=0.0)
+    for t in range(len(case["in_img"])):  # the file of two ranks: gradients of one process
+        for name in ("full_loss", "full_grad_img", "full_grad_txt"):
+            if name in case:
+                close(of(case, name.removeprefix("full_"), t), case[name][t], 1e-10, what=name)
