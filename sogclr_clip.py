@@ -171,14 +171,14 @@ def count(negative, z):
     return negative.sum(1).to(z.dtype)
 
 
-def clip(S, own, negative, tau):
+def clip(S, own, negative, tau, reduction="mean"):
     """Cross-entropy of the own pair in its row (E1); CLIP is the mean of both directions.
 
-    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar.
+    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none".
     """
     # differs from the released code: there tau of row i divides column i ("personalized")
     logits = (S / tau).masked_fill(~negative.scatter(1, own[:, None], True), -math.inf)
-    return F.cross_entropy(logits, own)
+    return F.cross_entropy(logits, own, reduction=reduction)
 
 
 def cyclip(S_I, S_T, R_I, R_T, inside=0.25, cross=0.25):
@@ -327,13 +327,13 @@ def mine(S, own, negative, log_v, tau):
     return (L - S.gather(1, own[:, None])[:, 0]).mean()
 
 
-def difficulty(S_I, S_T, own, d, tau):
+def difficulty(S_I, S_T, own, negative, d, tau):
     """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau) over the global d (B,).
 
     Times B/b, as the gradients of the ranks are averaged.
     """
     a = (-d.detach() / tau).softmax(0)[own]
-    ce = [F.cross_entropy(S / tau, own, reduction="none") for S in (S_I, S_T)]
+    ce = [clip(S, own, negative, tau, "none") for S in (S_I, S_T)]
     return (a * (ce[0] + ce[1]) / 2).sum() * len(d) / len(own)
 
 
@@ -745,7 +745,7 @@ class Objective(nn.Module):
             self.pending.append((table, ids, dict(log_u=log_u, bank=bank)))
         cov = decorrelation(D ** 0.5 * X) + decorrelation(D ** 0.5 * Y)  # E23b
         d = common.gather(S_I.detach().gather(1, own[:, None])[:, 0])
-        diff = difficulty(S_I, S_T, own, d, tau)  # E23c
+        diff = difficulty(S_I, S_T, own, negative, d, tau)  # E23c
         # 0.1 tau: base is in units of similarity, diff in nats
         return base + 0.1 * cov + 0.1 * tau * diff, dict(
             tau=tau.item(), base=base.item(), cov=cov.item(), diff=diff.item())
@@ -994,7 +994,7 @@ def retrieval_picture(path, data, pairs, found, seed, rows=5):
         axes[len(some) + i, 0].set_title(pairs.captions[texts[query]], fontsize=9, loc="left")
     figure.suptitle("best captions of an image, best images of a caption; green: right" + (
         " (synthetic)" if data.args.dataset == "shapes" else ""), fontsize=10)
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.01, top=0.95)
     common.replace(Path(path), lambda file: figure.savefig(file, dpi=80, format="png"))
     plt.close(figure)
 
@@ -1019,7 +1019,10 @@ def tau_picture(path, objective, model, data, pairs):
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    axis.hist([x.detach().cpu().numpy() for x in tau.values()], bins=40, label=list(tau))
+    values = [x.detach().double().cpu() for x in tau.values()]
+    edges = torch.cat(values).min() * 0.99, torch.cat(values).max() * 1.01  # they may all be equal
+    axis.hist([x.numpy() for x in values], bins=40, range=[e.item() for e in edges],
+              label=list(tau))
     axis.set(xlabel="tau", ylabel="samples", title=f"temperatures, {data.args.loss}, "
              f"{data.args.dataset}")
     axis.legend()

@@ -1199,7 +1199,7 @@ def test_hybrid(case, dtype):
             same_log_u(log_u[side], case[f"logu_{side}"][t], dtype)
             same(bank[side], f"bank_{side}", t)
         cov = sum(sogclr_clip.decorrelation(D ** 0.5 * f) for f in (x, y))
-        diff = sogclr_clip.difficulty(S, S.T, own, S.diagonal(), tau)
+        diff = sogclr_clip.difficulty(S, S.T, own, negative, S.diagonal(), tau)
         for name, value in (("base", base), ("cov", cov), ("diff", diff)):
             same(value, name, t)
         same_step(case, t, base + hp["covariance_weight"] * cov + hp["difficulty_weight"] * diff,
