@@ -119,8 +119,10 @@ TINY = {  # towers for a CPU, built by open_clip's own classes
 
 # ---------------------------------------------------------------------------------- loss
 
-# Every function is for one direction: `own` (b,) int64 is the column of an anchor's own pair,
-# `negative` (b, B) bool its negatives. gamma may be a number or one a row: 1 where u is not known.
+# One direction each: `own` (b,) int64 is the column of an anchor's own pair, `negative` (b, B) its
+# negatives; log_u (-inf: never seen), b, tau are per anchor. gamma: a number, or (b,), 1 where u is
+# not known. Losses are scalars, means over the b anchors; new values of the state, and G, come
+# without gradient.
 
 
 def log_(x):
@@ -129,7 +131,7 @@ def log_(x):
 
 
 def negatives(own, B, same=None):
-    """Mask (b, B) of the negatives: not the own pair, and not `same` (b, B), the repeats.
+    """Mask (b, B) bool of the negatives: neither the own pair nor `same` (b, B), its repeats.
 
     Raises: ValueError for fewer than two pairs, or a row without a negative.
     """
@@ -144,31 +146,50 @@ def negatives(own, B, same=None):
     return negative
 
 
+def with_own(negative, own):
+    """Mask (b, B) of the negatives and the own pair."""
+    return negative.scatter(1, own[:, None], True)
+
+
+def diagonal(S, own):
+    """d (b,): similarity of the own pairs."""
+    return S.gather(1, own[:, None])[:, 0]
+
+
 def difference(S, own):
     """D_ij = S_ij - d_i (E4), (b, B)."""
-    return S - S.gather(1, own[:, None])
+    return S - diagonal(S, own)[:, None]
 
 
 def log_average(log_old, log_new, gamma):
-    """log of (1 - gamma) old + gamma new (E10); -inf is 0, that is, nothing seen yet."""
+    """log of (1 - gamma) old + gamma new (E10)."""
     gamma = torch.as_tensor(gamma, dtype=log_new.dtype, device=log_new.device)
     return torch.logaddexp(torch.log(1 - gamma) + log_old, torch.log(gamma) + log_new)
 
 
 def log_mean(z, terms, n):
-    """log g (b,): log of 1/n sum of e^z over `terms` (b, B) (E6)."""
+    """log g (b,): log of 1/n times the sum of e^z over `terms` (E6)."""
     return z.masked_fill(~terms, -math.inf).logsumexp(1) - n.log()
 
 
-def weighted(values, z, log_den, terms, n):
-    """1/n sum_j w_ij values_ij and 1/n sum_j w_ij z_ij, (b,) each; w = e^{z - log_den} (E8)."""
+def weighted(V, z, log_den, terms, n):
+    """1/n sum_j w_ij V_ij and 1/n sum_j w_ij z_ij, (b,) each; w = e^{z - log_den} (E8)."""
     w = torch.exp(z - log_den[:, None]).masked_fill(~terms, 0) / n[:, None]
-    return (w * values).sum(1), (w * z).sum(1)
+    return (w * V).sum(1), (w * z).sum(1)
 
 
-def count(negative, z):
-    """n (b,): number of negatives, B - 1 without repeats; the dtype of z."""
-    return negative.sum(1).to(z.dtype)
+def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=None):
+    """What the losses with u have in common.
+
+    Args: V (b, B) what is weighted, with gradient; z (b, B); floor: log of what is added to u, a
+    number or (b,); terms: what is in the sums, the negatives by default. n counts negatives.
+    Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij.
+    """
+    n, terms = negative.sum(1).to(z.dtype), negative if terms is None else terms
+    log_u = log_average(log_u, log_mean(z, terms, n), gamma)  # E6, E7 as E10
+    log_den = add(log_u, torch.as_tensor(floor, dtype=z.dtype, device=z.device))  # E11
+    L, mean_z = weighted(V, z, log_den, terms, n)  # E8
+    return L.mean(), log_u, log_den, mean_z  # E9
 
 
 def clip(S, own, negative, tau, reduction="mean"):
@@ -177,12 +198,12 @@ def clip(S, own, negative, tau, reduction="mean"):
     Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none".
     """
     # differs from the released code: there tau of row i divides column i ("personalized")
-    logits = (S / tau).masked_fill(~negative.scatter(1, own[:, None], True), -math.inf)
+    logits = (S / tau).masked_fill(~with_own(negative, own), -math.inf)
     return F.cross_entropy(logits, own, reduction=reduction)
 
 
 def cyclip(S_I, S_T, R_I, R_T, inside=0.25, cross=0.25):
-    """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries.
+    """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries, both directions at once.
 
     Args: (b, B) each: image-text, text-image, image-image, text-text similarities of this rank.
     """
@@ -198,139 +219,113 @@ def decorrelation(Z):
 
 
 def vicreg(Z_I, Z_T, sim=25.0, std=25.0, cov=1.0):
-    """VICReg (E3) of the raw features (B, D) of the global batch. Returns: scalar."""
+    """VICReg (E3) of the raw features (B, D) of the global batch."""
     spread = [F.relu(1 - torch.sqrt(Z.var(0) + 1e-4)).mean() / 2 for Z in (Z_I, Z_T)]
     return (sim * F.mse_loss(Z_I, Z_T) + std * sum(spread)
             + cov * (decorrelation(Z_I) + decorrelation(Z_T)))
 
 
 def sogclr(D, negative, log_u, b, tau, gamma, eps=1e-8):
-    """SogCLR, one direction.
+    """SogCLR (E4 to E11); D from `difference`. eps: the floor is eps e^b, and may be 0.
 
-    Args: D (b, B) from `difference`, with gradient; log_u, b (b,) of the anchors before this step,
-    -inf and 0 if never seen; eps: the floor is eps e^b, and may be 0.
-    Returns: L scalar, the new log_u and b (b,), without gradient.
+    Returns: L, log_u, b.
     """
     z = D.detach() / tau  # E4
-    n = count(negative, z)
     b = torch.maximum(b, z.amax(1))  # E5
-    log_u = log_average(log_u, log_mean(z, negative, n), gamma)  # E6, E7 as E10
-    L, _ = weighted(D, z, torch.logaddexp(log_u, log_(eps) + b), negative, n)  # E8 as E11
-    return L.mean(), log_u, b  # E9
+    L, log_u, *_ = estimate(D, z, log_u, gamma, negative, log_(eps) + b)
+    return L, log_u, b
 
 
 def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
-    """iSogCLR as first released: the pair itself is in the sum, but n = B - 1; tau (b,).
+    """iSogCLR as first released: the pair itself is in the sum, but n = B - 1.
 
-    Returns: L scalar, log_u, b, and G (b,) of E12.
+    Returns: L, log_u, b, G.
     """
     z = D.detach() / tau[:, None]
-    n, terms = count(negative, z), negative.scatter(1, own[:, None], True)
     b = torch.maximum(b, z.amax(1))
-    log_u = log_average(log_u, log_mean(z, terms, n), gamma)
-    L, mean_z = weighted(D, z, torch.logaddexp(log_u, log_(eps) + b), terms, n)
-    return L.mean(), log_u, b, log_u + rho - mean_z  # E12
+    L, log_u, _, mean_z = estimate(D, z, log_u, gamma, negative, log_(eps) + b,
+                                   terms=with_own(negative, own))
+    return L, log_u, b, log_u + rho - mean_z  # E12
 
 
 def isogclr(D, negative, log_u, b, tau, gamma, rho, eps=1e-14):
-    """iSogCLR (E12), stored temperatures or those of a network; tau (b,).
+    """iSogCLR with stored temperatures, or those of a network. Returns: L, log_u, b, G.
 
-    As in the released code eps is a floor of the SUM n u e^-b, in the weights and in G.
-    Returns: L scalar, log_u, b, G (b,).
+    As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G.
     """
     z = D.detach() / tau[:, None]
-    n = count(negative, z)
     b = torch.maximum(b, z.amax(1))
-    log_u = log_average(log_u, log_mean(z, negative, n), gamma)
-    log_den = torch.maximum(log_u, log_(eps) - n.log() + b)
-    L, mean_z = weighted(D, z, log_den, negative, n)
-    return L.mean(), log_u, b, log_den + rho - mean_z  # E12
+    floor = log_(eps) - negative.sum(1).to(z.dtype).log() + b
+    L, log_u, log_den, mean_z = estimate(D, z, log_u, gamma, negative, floor, torch.maximum)
+    return L, log_u, b, log_den + rho - mean_z  # E12
 
 
 def isogclr_v1(S, own, negative, log_u, tau, gamma, rho):
-    """The variant without the shift by d: z = S/tau, mean_i (w S - d); tau (b,), no eps.
-
-    Returns: L scalar, log_u, G (b,).
-    """
+    """The variant that does not subtract d: z = S/tau, no eps. Returns: L, log_u, G."""
     z = S.detach() / tau[:, None]
-    n = count(negative, z)
-    log_u = log_average(log_u, log_mean(z, negative, n), gamma)
-    L, mean_z = weighted(S, z, log_u, negative, n)
-    return (L - S.gather(1, own[:, None])[:, 0]).mean(), log_u, log_u + rho - mean_z
+    L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, -math.inf)
+    return L - diagonal(S, own).mean(), log_u, log_u + rho - mean_z
 
 
 def isogclr_v2(S, own, negative, log_u, b, log_r, tau, gamma, rho, lambd=1.0, eps=1e-8):
-    """The variant with DRO on the positives too (E20), one direction; tau (b,).
+    """The variant with DRO on the positives too (E20). Returns: L, log_u, b, G.
 
-    log_r: log of r e^b_pos after this step, from `positives` of the global batch.
-    Returns: L scalar, log_u, b, G (b,).
+    log_r: log of r e^b_pos after this step, the average of what `positives` gives.
     """
-    z = S.detach() / tau[:, None]
-    n, d = count(negative, z), S.gather(1, own[:, None])[:, 0]
+    z, d = S.detach() / tau[:, None], diagonal(S, own)
     b = torch.maximum(b, z.amax(1))
-    log_u = log_average(log_u, log_mean(z, negative, n), gamma)
-    L, mean_z = weighted(S, z, torch.logaddexp(log_u, log_(eps) + b), negative, n)
+    L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, log_(eps) + b)
     w = torch.exp(-2 * d.detach() / lambd - log_r)  # e^{a - b_pos} / r
-    return (L - w * d).mean(), log_u, b, log_u + rho - mean_z  # E20
+    return L - (w * d).mean(), log_u, b, log_u + rho - mean_z  # E20
 
 
 def positives(d, lambd=1.0):
-    """log mean e^a, a = -2 d / lambda, over the global batch d (B,): what r averages (E20)."""
+    """log mean e^a, a = -2 d / lambda, over the global batch d (B,) (E20)."""
     return (-2 * d / lambd).logsumexp(0) - math.log(len(d))
 
 
 def temperature_step(tau, v, G, beta, eta, bounds, clamp=5.0):
-    """Momentum step of the per-sample temperatures: new tau, v (E13, E14); all (b,)."""
+    """Momentum step of the per-sample temperatures: new tau, v (b,) (E13, E14)."""
     v = (1 - beta) * v + beta * G.clamp(-clamp, clamp)  # E13
     return (tau - eta * v).clamp(*bounds), v  # E14
 
 
 def online_sums(S, own, negative, tau):
-    """Local parts of E21: log sum of e^{S/tau} over the negatives, and of e^{-d/(10 tau)}."""
-    d = S.gather(1, own[:, None])
+    """This rank's part of E21 (2,): log sum of e^{S/tau} over negatives, and of e^{-d/(10 tau)}."""
     return torch.stack([(S / tau).masked_fill(~negative, -math.inf).logsumexp((0, 1)),
-                        (-d / (10 * tau)).logsumexp((0, 1))])
+                        (-diagonal(S, own) / (10 * tau)).logsumexp(0)])
 
 
 def onlineclr(S, own, negative, log_n, log_p, tau):
-    """onlineCLR, one direction (E22): sums, so that the mean over ranks is B/b times the share.
-
-    log_n, log_p: the averages of E21 after this step.
-    """
-    d = S.gather(1, own[:, None])[:, 0]
+    """onlineCLR (E22): sums, not means, hence B/b. log_n, log_p: the averages after this step."""
+    d = diagonal(S, own)
     w = torch.exp(S.detach() / tau - log_n).masked_fill(~negative, 0)
     w_p = torch.exp(-d.detach() / (10 * tau) - log_p)
     return ((w * S).sum() - (w_p * d).sum()) * S.shape[1] / len(S)
 
 
 def info_sogclr(D, negative, log_u, tau, gamma, floor=0.0):
-    """InfoSogCLR, one direction. Derived here: only the name of this loss is public.
+    """InfoSogCLR. Derived here: nothing but the name of this loss is public.
 
     InfoNCE over the data set has the pair itself in its denominator, 1 + (N - 1) u, so the floor
     is 1/(N - 1) (E27), N the number of texts for an image; 0 is SogCLR without eps.
-    Returns: L scalar, log_u.
+    Returns: L, log_u.
     """
-    z = D.detach() / tau
-    n = count(negative, z)
-    log_u = log_average(log_u, log_mean(z, negative, n), gamma)
-    log_den = torch.logaddexp(log_u, torch.full_like(log_u, log_(floor)))  # E27
-    return weighted(D, z, log_den, negative, n)[0].mean(), log_u
+    return estimate(D, D.detach() / tau, log_u, gamma, negative, log_(floor))[:2]
 
 
 def mine(S, own, negative, log_v, tau):
-    """Half of L_mine (E25), one direction: Donsker-Varadhan with one normaliser v for all pairs.
-
-    "mine" read as MINE: derived here. log_v: the average of E24 after this step.
-    """
-    z = S.detach() / tau
-    L, _ = weighted(S, z, log_v.expand(len(S)), negative, count(negative, z))
-    return (L - S.gather(1, own[:, None])[:, 0]).mean()
+    """Half of L_mine (E25): Donsker-Varadhan, one normaliser v for all pairs. "mine" read as MINE:
+    derived here. log_v: the average of E24 after this step."""
+    n = negative.sum(1).to(S.dtype)
+    L, _ = weighted(S, S.detach() / tau, log_v.expand(len(S)), negative, n)
+    return (L - diagonal(S, own)).mean()
 
 
 def difficulty(S_I, S_T, own, negative, d, tau):
     """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau) over the global d (B,).
 
-    Times B/b, as the gradients of the ranks are averaged.
+    Times B/b: the gradients of the ranks are averaged.
     """
     a = (-d.detach() / tau).softmax(0)[own]
     ce = [clip(S, own, negative, tau, "none") for S in (S_I, S_T)]
@@ -340,22 +335,15 @@ def difficulty(S_I, S_T, own, negative, d, tau):
 def siglip(S, own, negative, s, c):
     """SigLIP: -1/B sum_ij logsigmoid(y_ij (s S_ij + c)), y = 1 for the pair, else -1."""
     y = torch.full_like(S, -1).scatter(1, own[:, None], 1)
-    terms = negative.scatter(1, own[:, None], True)
-    return -F.logsigmoid(y * (s * S + c)).masked_fill(~terms, 0).sum() / len(S)
+    terms = F.logsigmoid(y * (s * S + c)).masked_fill(~with_own(negative, own), 0)
+    return -terms.sum() / len(S)
 
 
 def fastclip(D, negative, log_u, tau, gamma, rho, eps=1e-14):
-    """FastCLIP, one direction: weights e^z / (eps + u).
-
-    Returns: L scalar, whose gradient in D is that of tau log(eps + u); log_u; and G (b,), whose
-    mean over the anchors, both directions added, is the derivative of the v3 objective in tau.
-    """
-    z = D.detach() / tau
-    n = count(negative, z)
-    log_u = log_average(log_u, log_mean(z, negative, n), gamma)
-    log_den = torch.logaddexp(log_u, torch.full_like(log_u, log_(eps)))
-    L, mean_z = weighted(D, z, log_den, negative, n)
-    return L.mean(), log_u, log_den + rho - mean_z
+    """FastCLIP: weights e^z / (eps + u). Returns: L, whose gradient is that of tau log(eps + u);
+    log_u; G (b,), whose means of both directions add up to the derivative of v3 in tau."""
+    L, log_u, log_den, mean_z = estimate(D, D.detach() / tau, log_u, gamma, negative, log_(eps))
+    return L, log_u, log_den + rho - mean_z
 
 
 def gamma_at(epoch, epochs, gamma, schedule):
@@ -445,40 +433,38 @@ def in_memory(data, table, limit=20000):
 
 
 def towers(args):
-    """Network of open_clip and its tokenizer. No download without --pretrained."""
+    """Network of open_clip and its tokenizer. Only a --pretrained tag needs a download."""
     try:
         import open_clip
     except ImportError:
         raise common.BadInput("open_clip is not installed: pip install open_clip_torch") from None
+    file = args.pretrained is not None and Path(args.pretrained).suffix in (".pt", ".pth", ".bin")
     if args.model in TINY:
         c = TINY[args.model]
         vision = open_clip.CLIPVisionCfg(**dict(c["vision_cfg"], image_size=args.image_size))
         clip = open_clip.CLIP(c["embed_dim"], vision, open_clip.CLIPTextCfg(**c["text_cfg"]))
         tokenizer = open_clip.SimpleTokenizer(context_length=c["text_cfg"]["context_length"])
-        if args.pretrained:
-            load_weights(clip, args.pretrained)
-        return clip, tokenizer
-    if args.model not in open_clip.list_models():
+    elif args.model not in open_clip.list_models():
         raise common.BadInput(f"--model {args.model}: use {', '.join(TINY)} or a name of "
                               "open_clip.list_models()")
-    try:
-        clip = open_clip.create_model(args.model, pretrained=args.pretrained,
-                                      force_image_size=args.image_size)
-        return clip, open_clip.get_tokenizer(args.model)
-    except Exception as error:  # of the network, the hub, torch.load
-        raise common.BadInput(f"--model {args.model} --pretrained {args.pretrained}: {error}"
-                              ) from None
-
-
-def load_weights(clip, path):
-    """Weights of a checkpoint of this file, or of open_clip, into a network."""
-    weights = common.read_checkpoint(path)
-    weights = weights.get("state", weights).get("model", weights)
-    try:
-        clip.load_state_dict({k.removeprefix("clip."): v for k, v in weights.items()})
-    except (RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise common.BadInput(f"{path} does not fit this network: {reason}") from None
+    else:
+        try:
+            clip = open_clip.create_model(args.model, None if file else args.pretrained,
+                                          force_image_size=args.image_size)
+            tokenizer = open_clip.get_tokenizer(args.model)
+        except Exception as error:  # of the network, the hub, torch.load
+            raise common.BadInput(f"--model {args.model}, weights {args.pretrained}: {error}"
+                                  ) from None
+    if file:  # a checkpoint of this file, or weights as open_clip saves them
+        weights = common.read_checkpoint(args.pretrained)
+        weights = weights.get("state", weights).get("model", weights.get("state_dict", weights))
+        try:
+            clip.load_state_dict({k.removeprefix("module.").removeprefix("clip."): v
+                                  for k, v in weights.items()})
+        except (RuntimeError, AttributeError) as error:
+            raise common.BadInput(f"{args.pretrained} does not fit --model {args.model}: "
+                                  f"{' '.join(str(error).split())[:200]}") from None
+    return clip, tokenizer
 
 
 class Towers(nn.Module):
@@ -633,7 +619,7 @@ class Objective(nn.Module):
             stats.update({f"{k}_{side}": v.mean().item() for k, v in values.items() if k != "b"})
         if loss == "sogclr-mine":  # estimates of the mutual information in nats, not bounds
             stats["mi_gcl"] = -(stats["log_u_I"] + stats["log_u_T"]) / 2
-            stats["mi_dv"] = (S_I.gather(1, own[:, None]).mean() / args.tau
+            stats["mi_dv"] = (diagonal(S_I, own).mean() / args.tau
                               - self.scalars["log_v"]).item()
         return L, stats
 
@@ -647,12 +633,12 @@ class Objective(nn.Module):
             self.scalars = dict(log_n=log_average(self.log_n, n, gamma),  # E21
                                 log_p=log_average(self.log_p, p, gamma))
         elif self.args.loss == "sogclr-mine":
-            g = common.gather(log_mean(S_I / tau, negative, count(negative, S_I)))  # (B,)
+            g = common.gather(log_mean(S_I / tau, negative, negative.sum(1).to(S_I.dtype)))  # (B,)
             gamma = gamma if self.log_v > -math.inf else 1.0
             self.scalars = dict(log_v=log_average(  # E24
                 self.log_v, g.logsumexp(0) - math.log(len(g)), gamma))
         elif self.args.loss == "isogclr-v2":
-            a = positives(common.gather(S_I.gather(1, own[:, None])[:, 0]))
+            a = positives(common.gather(diagonal(S_I, own)))
             gamma = gamma if self.log_r > -math.inf else 1.0
             self.scalars = dict(log_r=log_average(self.log_r, a, gamma))
 
@@ -744,7 +730,7 @@ class Objective(nn.Module):
             bank = bank_row(old.bank, f.detach(), seen, 0.5)
             self.pending.append((table, ids, dict(log_u=log_u, bank=bank)))
         cov = decorrelation(D ** 0.5 * X) + decorrelation(D ** 0.5 * Y)  # E23b
-        d = common.gather(S_I.detach().gather(1, own[:, None])[:, 0])
+        d = common.gather(diagonal(S_I.detach(), own))
         diff = difficulty(S_I, S_T, own, negative, d, tau)  # E23c
         # 0.1 tau: base is in units of similarity, diff in nats
         return base + 0.1 * cov + 0.1 * tau * diff, dict(
@@ -890,29 +876,27 @@ def encode(model, tokens, device, block=256):
 
 
 def prompts_of(args, table):
-    """Class names and templates of the zero-shot classification."""
-    names, templates = table.classes.get(args.label), None
-    if args.class_names and args.class_names != "imagenet":
+    """Class names and templates (with {}) of the zero-shot classification."""
+    names, templates = table.classes[args.label], []
+    if args.dataset == "shapes":
+        templates = [f"a {s} {c} {{}} on a {b} background" for s in common.SIZES
+                     for c in common.COLOURS for b in common.PATTERNS]
+    if args.class_names == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES as names
+    elif args.class_names:
         try:
-            lines = [s.strip() for s in Path(args.class_names).read_text().splitlines()]
+            lines = Path(args.class_names).read_text().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise common.BadInput(f"--class-names {args.class_names}: {error}") from None
-        given = [s for s in lines if s and "{}" not in s]
-        if len(given) != len(names):
-            raise common.BadInput(f"--class-names {args.class_names}: {len(given)} names for "
-                                  f"{len(names)} classes")
-        names, templates = given, [s for s in lines if "{}" in s]
-    if args.dataset == "shapes":
-        templates = templates or [f"a {s} {c} {{}} on a {b} background" for s in common.SIZES
-                                  for c in common.COLOURS for b in common.PATTERNS]
-    if args.class_names == "imagenet" or not templates:
-        import open_clip
+        names = [s.strip() for s in lines if s.strip() and "{}" not in s]
+        templates = [s.strip() for s in lines if "{}" in s] or templates
+    if len(names) != len(table.classes[args.label]):
+        raise common.BadInput(f"--class-names {args.class_names}: {len(names)} names for "
+                              f"{len(table.classes[args.label])} classes")
+    if not templates:
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-        templates = templates or [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
-        names = list(open_clip.IMAGENET_CLASSNAMES) if args.class_names == "imagenet" else names
-        if len(names) != len(table.classes[args.label]):
-            raise common.BadInput(f"--class-names imagenet: {len(names)} names for "
-                                  f"{len(table.classes[args.label])} classes")
+        templates = [t("{}") for t in OPENAI_IMAGENET_TEMPLATES]
     return names, templates
 
 
@@ -947,12 +931,6 @@ def scores(model, tokenizer, data, pairs):
         result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right, strict=True)})
         chance.update({f"zero-shot top-{k}": 100 * k / len(names) for k in ks})
     return result, chance, found
-
-
-def report(result, chance):
-    """Lines of the terminal: name, percent, and percent by chance."""
-    return [f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
-            for name, value in result.items()]
 
 
 def retrieval_picture(path, data, pairs, found, seed, rows=5):
@@ -1000,31 +978,29 @@ def retrieval_picture(path, data, pairs, found, seed, rows=5):
 
 
 def tau_picture(path, objective, model, data, pairs):
-    """PNG: histogram of the temperatures of images and texts; nothing with a common one."""
-    tau = {}
-    if hasattr(objective, "net_I"):
+    """PNG: histogram of the temperatures of images and texts, where they have their own."""
+    if hasattr(objective, "net_I"):  # of the test set
         X = common.features(model, data, data.test.select(pairs.images), True,
                             pick=lambda out: out[0])
-        Y = encode(model, pairs.tokens, data.device)
-        tau = dict(images=objective.net_I(X), texts=objective.net_T(Y))
+        tau = objective.net_I(X), objective.net_T(encode(model, pairs.tokens, data.device))
     elif hasattr(objective, "tau_I"):
-        tau = dict(images=objective.tau_I, texts=objective.tau_T)
+        tau = objective.tau_I, objective.tau_T
     elif hasattr(objective.I, "tau"):
-        tau = dict(images=objective.I.tau, texts=objective.T.tau)
-    if not tau or common.rank() > 0:
+        tau = objective.I.tau, objective.T.tau
+    else:
+        return
+    if common.rank() > 0:
         return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    tau = [x.detach().double().cpu() for x in tau]
+    edges = torch.cat(tau).min().item() * 0.99, torch.cat(tau).max().item() * 1.01
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    values = [x.detach().double().cpu() for x in tau.values()]
-    edges = torch.cat(values).min() * 0.99, torch.cat(values).max() * 1.01  # they may all be equal
-    axis.hist([x.numpy() for x in values], bins=40, range=[e.item() for e in edges],
-              label=list(tau))
-    axis.set(xlabel="tau", ylabel="samples", title=f"temperatures, {data.args.loss}, "
-             f"{data.args.dataset}")
+    axis.hist([x.numpy() for x in tau], bins=40, range=edges, label=["images", "texts"])
+    axis.set(xlabel="tau", ylabel="samples", title=f"{data.args.loss}, {data.args.dataset}")
     axis.legend()
     figure.tight_layout()
     common.replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
@@ -1159,7 +1135,9 @@ def evaluate(args):
         common.replace(path, lambda file: file.write(text.encode()))
         if found:
             retrieval_picture(path.with_suffix(".png"), data, pairs, found, args.seed)
-        common.say("\n".join([f"{args.evaluate} on {args.dataset}", *report(result, chance),
+        lines = [f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
+                 for name, value in result.items()]
+        common.say("\n".join([f"{args.evaluate} on {args.dataset}", *lines,
                               f"  results            {path}"]))
 
 

@@ -942,7 +942,7 @@ def test_sogclr_with_an_id_twice(case):
                                                  hp["temperature"], gamma, hp["eps"])
             for i in range(len(ids)):  # the last row of an id wins
                 log_u[ids[i]], b[ids[i]] = new_u[i], new_b[i]
-            z, n = D.detach() / hp["temperature"], sogclr_clip.count(negative, D)
+            z, n = D.detach() / hp["temperature"], negative.sum(1).double()
             floor = torch.logaddexp(new_u, math.log(hp["eps"]) + b[ids])  # b read back
             back = sogclr_clip.weighted(D, z, floor, negative, n)[0].mean()
             close(L, back, 1e-4, what="each row with its own b")
@@ -1090,7 +1090,7 @@ def test_sogclr_mine(case, dtype):
     for t in range(len(case["in_img"])):
         img, txt, own, negative = features_of(case, t, dtype)
         S, epoch = img @ txt.T, case["in_epoch"][t].item()
-        g = sogclr_clip.log_mean(S.detach() / tau, negative, sogclr_clip.count(negative, S))
+        g = sogclr_clip.log_mean(S.detach() / tau, negative, negative.sum(1).to(dtype))
         log_v = sogclr_clip.log_average(log_v, g.logsumexp(0) - math.log(len(g)),
                                         1.0 if epoch == 0 else hp["gamma"])
         close(log_v, case["logv"][t].to(dtype), atol=loose, **tight)
