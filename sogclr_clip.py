@@ -592,7 +592,11 @@ class Objective(nn.Module):
         """
         args, loss = self.args, self.args.loss
         X, Y = common.gather(x), common.gather(t)  # with gradient
-        negative = negatives(own, len(X), same)
+        try:
+            negative = negatives(own, len(X), same)
+        except ValueError as error:
+            raise common.RunFailed(f"step {step}: {error}; use a larger --batch-size",
+                                   alone=True) from None
         S_I, S_T = x @ Y.T, t @ X.T  # (b, B) each
         self.pending, self.scalars = [], {}
         if loss == "vicreg":
@@ -654,7 +658,7 @@ class Objective(nn.Module):
             L, log_u, b = sogclr(D, negative, old.log_u, old.b, args.tau, gamma, args.eps)
             values = dict(log_u=log_u, b=b)
         elif loss == "sogclr-mine":
-            N = (self.T if side == "I" else self.I).N
+            N = max(2, (self.T if side == "I" else self.I).N)
             L, log_u = info_sogclr(D, negative, old.log_u, args.tau, gamma, 1 / (N - 1))
             if args.lambda_mi > 0:
                 L = (1 - args.lambda_mi) * L + args.lambda_mi * mine(
@@ -933,13 +937,22 @@ def scores(model, tokenizer, data, pairs):
     return result, chance, found
 
 
+def pyplot():
+    """matplotlib's, without a screen; None if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def retrieval_picture(path, data, pairs, found, seed, rows=5):
     """PNG: images with their best captions, captions with their best images; green = right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    if (plt := pyplot()) is None:
+        return
     X, Y, image_group, text_group, texts = found
     g = common.generator(seed, 0, "picture")
     some = torch.randperm(len(X), generator=g)[:rows]
@@ -989,13 +1002,8 @@ def tau_picture(path, objective, model, data, pairs):
         tau = objective.I.tau, objective.T.tau
     else:
         return
-    if common.rank() > 0:
+    if common.rank() > 0 or (plt := pyplot()) is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tau = [x.detach().double().cpu() for x in tau]
     edges = torch.cat(tau).min().item() * 0.99, torch.cat(tau).max().item() * 1.01
     figure, axis = plt.subplots(figsize=(6, 3.5))
@@ -1022,7 +1030,8 @@ def train(args):
     clip, tokenizer = towers(args)
     pairs, test = (Pairs(t, tokenizer, device) for t in (data.train, data.test))
     model = Towers(clip, unit=args.loss != "vicreg").to(device, memory_format=common.layout(args))
-    objective = Objective(args, pairs, clip.text_projection.shape[-1]).to(device)
+    D = encode(model, pairs.tokens[:1], device).shape[1]
+    objective = Objective(args, pairs, D).to(device)
     network = common.ddp(model, args)
     opt, scaler = optimizer(args, model, objective), common.scaler(args, device)
     log = common.Log(args, data)
