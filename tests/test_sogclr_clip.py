@@ -264,6 +264,34 @@ def test_the_floor_of_infosogclr():
     close(found, exact)
 
 
+def test_infosogclr_takes_its_floor_from_the_data():
+    """The glue of (E27): N texts for an image, N images for a text."""
+    args = flags("--loss", "sogclr-mine", "--tau", "0.1")
+    _, loss = run_steps(args, [(0, [0, 1, 2], [0, 1, 2])])
+    x, t = (F.normalize(normal(3, D, seed=s), dim=1) for s in (30, 60))
+    own, never = torch.arange(3), torch.full((3,), -math.inf).double()
+    expected = sum(sogclr_clip.info_sogclr(
+        sogclr_clip.difference(S, own), sogclr_clip.negatives(own, 3), never, 0.1, 1.0,
+        1 / (N - 1))[0] for S, N in ((x @ t.T, N_T), (t @ x.T, N_I)))
+    close(loss, expected, 1e-12)
+
+
+def test_the_bank_of_hybrid():
+    """First visit: the feature; then the normalised mean. Negatives are rows that were seen and
+    are not in the batch."""
+    args = flags("--loss", "hybrid", "--tau", "0.1")
+    objective, _ = run_steps(args, [(0, [0, 1, 2], [0, 1, 2]), (0, [3, 1, 5], [4, 5, 1])])
+    x = [F.normalize(normal(3, D, seed=30 + s), dim=1) for s in (0, 1)]
+    assert not objective.I.bank[[4, *range(6, N_I)]].any()
+    close(objective.I.bank[[0, 3, 5]], torch.stack([x[0][0], x[1][0], x[1][2]]))
+    close(objective.I.bank[1], F.normalize(x[0][1] + x[1][1], dim=0))
+    assert objective.bank_rows(objective.I, torch.tensor([1, 4]), 7).tolist() == [0, 2, 3, 5]
+    many = sogclr_clip.Table(5000, log_u=0)
+    rows = objective.bank_rows(many, torch.arange(2500), 7)
+    assert rows.min() >= 2500 and 300 < len(rows) == len(rows.unique()) < 600
+    assert not torch.equal(rows, objective.bank_rows(many, torch.arange(2500), 8))
+
+
 NEGATIVES = sorted(set(sogclr_clip.LOSSES) - {"vicreg", "cyclip", "hybrid"})
 
 
