@@ -400,11 +400,11 @@ class Pairs:
     device; captions (N), cleaned, and distinct, each once; images: a row of every image.
     """
 
-    def __init__(self, table, tokenizer, device):
+    def __init__(self, table, tokenizer, device, prepare=clean):
         if table.captions is None:
             raise common.BadInput("the data set has no captions: use --dataset shapes or captions")
         p = table.columns.get("image_id", torch.arange(len(table))).unique(return_inverse=True)[1]
-        self.captions, known = [clean(c) for c in table.captions], {}
+        self.captions, known = [prepare(c) for c in table.captions], {}
         text = torch.tensor([known.setdefault(c, len(known)) for c in self.captions])
         self.images, self.distinct = first_rows(p), list(known)
         self.N_I, self.N_T = len(self.images), len(p)
@@ -591,13 +591,13 @@ class Objective(nn.Module):
         `update` writes the new state, once the loss is known to be finite.
         """
         args, loss = self.args, self.args.loss
-        X, Y = common.gather(x), common.gather(t)  # with gradient
+        X, Y = common.gather(x), common.gather(t)  # (B, D), with gradient
         try:
             negative = negatives(own, len(X), same)
         except ValueError as error:
             raise common.RunFailed(f"step {step}: {error}; use a larger --batch-size",
                                    alone=True) from None
-        S_I, S_T = x @ Y.T, t @ X.T  # (b, B) each
+        S_I, S_T = x @ Y.T, t @ X.T  # (b, B) each: this rank's rows and columns of S
         self.pending, self.scalars = [], {}
         if loss == "vicreg":
             return vicreg(X, Y), {}
@@ -605,22 +605,29 @@ class Objective(nn.Module):
             s = self.log_s.exp()
             return siglip(S_I, own, negative, s, self.c), dict(tau=1 / s.item())
         if loss in ("clip", "cyclip"):
-            tau_I, tau_T = self.tau_of(p, q)
+            tau_I = tau_T = self.tau if args.learn_tau == "global" else torch.tensor(args.tau)
+            if args.learn_tau == "sample":
+                tau_I, tau_T = self.tau_I[p][:, None], self.tau_T[q][:, None]
             L = (clip(S_I, own, negative, tau_I) + clip(S_T, own, negative, tau_T)) / 2
             if loss == "cyclip":
                 L = L + cyclip(S_I, S_T, x @ X.T, t @ Y.T)
-            return L, dict(tau=(torch.as_tensor(tau_I).mean().item()))
+            return L, dict(tau=tau_I.mean().item())
         gamma = gamma_at(epoch, args.epochs, args.gamma, args.gamma_schedule)
-        if loss in ("onlineclr", "sogclr-mine", "isogclr-v2"):
-            first = epoch == 0 and loss != "onlineclr"
-            self.averages(S_I, own, negative, 1.0 if first else gamma)
+        self.averages(S_I, own, negative, gamma, epoch)
+        stats = dict(gamma=gamma)
+        sides = [SimpleNamespace(
+            name=name, f=f, ids=ids, S=S, own=own, negative=negative, step=step, epoch=epoch,
+            gamma=gamma, table=table, other=other, other_ids=others)
+            for name, f, ids, S, table, other, others in (
+                ("I", x, p, S_I, self.I, self.T, q), ("T", t, q, S_T, self.T, self.I, p))]
         if loss == "hybrid":
-            return self.hybrid(x, t, X, Y, p, q, S_I, S_T, own, negative, step, epoch, gamma)
-        L, stats = 0.0, dict(gamma=gamma)
-        for side, f, ids, S in (("I", x, p, S_I), ("T", t, q, S_T)):
-            part, values = self.direction(side, f, ids, S, own, negative, step, epoch, gamma)
+            return self.hybrid(*sides, X, Y)
+        L = 0.0
+        for side in sides:
+            part, values = self.direction(side)
             L = L + part
-            stats.update({f"{k}_{side}": v.mean().item() for k, v in values.items() if k != "b"})
+            stats.update({f"{k}_{side.name}": v.mean().item() for k, v in values.items()
+                          if k != "b"})
         if loss == "sogclr-mine":  # estimates of the mutual information in nats, not bounds
             stats["mi_gcl"] = -(stats["log_u_I"] + stats["log_u_T"]) / 2
             stats["mi_dv"] = (diagonal(S_I, own).mean() / args.tau
@@ -628,114 +635,103 @@ class Objective(nn.Module):
         return L, stats
 
     @torch.no_grad()
-    def averages(self, S_I, own, negative, gamma):
-        """New values of the averages that are one number for the whole data set (`scalars`)."""
-        tau = self.args.tau
-        if self.args.loss == "onlineclr":
-            sums = common.gather(online_sums(S_I, own, negative, tau)[None])  # (W, 2)
-            n, p = sums.logsumexp(0) + math.log(2)
-            self.scalars = dict(log_n=log_average(self.log_n, n, gamma),  # E21
-                                log_p=log_average(self.log_p, p, gamma))
-        elif self.args.loss == "sogclr-mine":
-            g = common.gather(log_mean(S_I / tau, negative, negative.sum(1).to(S_I.dtype)))  # (B,)
-            gamma = gamma if self.log_v > -math.inf else 1.0
-            self.scalars = dict(log_v=log_average(  # E24
-                self.log_v, g.logsumexp(0) - math.log(len(g)), gamma))
-        elif self.args.loss == "isogclr-v2":
-            a = positives(common.gather(diagonal(S_I, own)))
-            gamma = gamma if self.log_r > -math.inf else 1.0
-            self.scalars = dict(log_r=log_average(self.log_r, a, gamma))
-
-    def direction(self, side, f, ids, S, own, negative, step, epoch, gamma):
-        """Loss of one direction and what is new; f (b, D) and ids (b,) are those of the anchors."""
-        args, loss, table = self.args, self.args.loss, getattr(self, side)
+    def averages(self, S, own, negative, gamma, epoch):
+        """New values of what is one average for the whole data set, from all ranks' rows."""
+        tau, loss = self.args.tau, self.args.loss
         if loss == "onlineclr":
-            return onlineclr(S, own, negative, *self.scalars.values(), args.tau), {}
-        old = table[ids]
-        gamma = self.first_visit(old.log_u, epoch, gamma)
-        D = difference(S, own)
-        if loss == "sogclr":
-            L, log_u, b = sogclr(D, negative, old.log_u, old.b, args.tau, gamma, args.eps)
-            values = dict(log_u=log_u, b=b)
+            n, p = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0)
+            new = dict(log_n=n + math.log(2), log_p=p + math.log(2))  # E21
         elif loss == "sogclr-mine":
-            N = max(2, (self.T if side == "I" else self.I).N)
-            L, log_u = info_sogclr(D, negative, old.log_u, args.tau, gamma, 1 / (N - 1))
+            g = common.gather(log_mean(S / tau, negative, negative.sum(1).to(S.dtype)))  # (B,)
+            new = dict(log_v=g.logsumexp(0) - math.log(len(g)))  # E24
+        elif loss == "isogclr-v2":
+            new = dict(log_r=positives(common.gather(diagonal(S, own))))
+        else:
+            return
+        for name, value in new.items():
+            old = getattr(self, name)
+            first = loss != "onlineclr" and (epoch == 0 or old == -math.inf)
+            self.scalars[name] = log_average(old, value, 1.0 if first else gamma)
+
+    def direction(self, side):
+        """Loss of one direction, and the new values of its anchors' state."""
+        args, loss, own, negative = self.args, self.args.loss, side.own, side.negative
+        if loss == "onlineclr":
+            return onlineclr(side.S, own, negative, **self.scalars, tau=args.tau), {}
+        old, new, S, D = side.table[side.ids], {}, side.S, difference(side.S, own)
+        tau = args.tau
+        u = dict(log_u=old.log_u, gamma=self.first_visit(old.log_u, side.epoch, side.gamma))
+        if "b" in vars(old):
+            u.update(b=old.b, eps=args.eps)
+        if loss == "sogclr":
+            L, new["log_u"], new["b"] = sogclr(D, negative, tau=args.tau, **u)
+        elif loss == "sogclr-mine":
+            L, new["log_u"] = info_sogclr(D, negative, tau=args.tau, **u,
+                                          floor=1 / max(1, side.other.N - 1))
             if args.lambda_mi > 0:
                 L = (1 - args.lambda_mi) * L + args.lambda_mi * mine(
                     S, own, negative, self.scalars["log_v"], args.tau)  # E26
-            values = dict(log_u=log_u)
         elif loss == "fastclip":
-            L, log_u, G = fastclip(D, negative, old.log_u, self.tau.detach(), gamma, args.rho,
-                                   args.eps)
-            L, values = L + G.mean() * self.tau, dict(log_u=log_u)  # G has no gradient
-        else:
-            return self.temperatures(side, f, old, S, D, own, negative, step, epoch, gamma, ids)
-        self.pending.append((table, ids, values))
-        return L, values
+            tau = self.tau.detach()
+            L, new["log_u"], G = fastclip(D, negative, tau=tau, rho=args.rho, eps=args.eps, **u)
+            L = L + G.mean() * self.tau  # G has no gradient
+        else:  # a temperature per sample, stored or from a network
+            net = getattr(self, f"net_{side.name}", None)
+            tau = old.tau if net is None else self.predict(net, side)
+            u.update(tau=tau.detach(), rho=args.rho)
+            if loss == "sogclr-dro":
+                L, new["log_u"], new["b"], G = sogclr_dro(D, own, negative, **u)
+            elif loss == "isogclr-v1":
+                L, new["log_u"], G = isogclr_v1(S, own, negative, **u)
+            elif loss == "isogclr-v2":
+                L, new["log_u"], new["b"], G = isogclr_v2(S, own, negative, **u, **self.scalars)
+            else:
+                L, new["log_u"], new["b"], G = isogclr(D, negative, **u)
+            if net is not None:
+                L = L + (G * tau).mean()  # only this trains the network; G is not clipped
+            else:
+                eta = eta_at(side.epoch, args.epochs, args.eta, args.eta_schedule)
+                new["tau"], new["v"] = temperature_step(
+                    tau, old.v, G, args.beta, eta, args.tau_bounds,
+                    math.inf if loss == "isogclr-v2" else 5.0)
+        self.pending.append((side.table, side.ids, new))
+        shown = dict(tau=tau.detach()) if torch.is_tensor(tau) else {}  # of this step
+        return L, {**new, **shown}
 
-    def temperatures(self, side, f, old, S, D, own, negative, step, epoch, gamma, ids):
-        """`direction` of the losses with a temperature per sample, stored or from a network."""
-        args, loss, table = self.args, self.args.loss, getattr(self, side)
-        net = getattr(self, f"net_{side}", None)
-        tau = learnt = old.tau if net is None else self.predict(net, side, f.detach(), own, step)
-        tau, new = tau.detach(), {}
-        if loss == "sogclr-dro":
-            L, log_u, new["b"], G = sogclr_dro(D, own, negative, old.log_u, old.b, tau, gamma,
-                                               args.rho, args.eps)
-        elif loss == "isogclr-v1":
-            L, log_u, G = isogclr_v1(S, own, negative, old.log_u, tau, gamma, args.rho)
-        elif loss == "isogclr-v2":
-            L, log_u, new["b"], G = isogclr_v2(S, own, negative, old.log_u, old.b,
-                                               self.scalars["log_r"], tau, gamma, args.rho,
-                                               eps=args.eps)
-        else:
-            L, log_u, new["b"], G = isogclr(D, negative, old.log_u, old.b, tau, gamma, args.rho,
-                                            args.eps)
-        if net is not None:
-            L = L + (G * learnt).mean()  # only this trains the network; G is not clipped
-        else:
-            eta = eta_at(epoch, args.epochs, args.eta, args.eta_schedule)
-            new["tau"], new["v"] = temperature_step(
-                old.tau, old.v, G, args.beta, eta, args.tau_bounds,
-                math.inf if loss == "isogclr-v2" else 5.0)
-        new["log_u"] = log_u
-        self.pending.append((table, ids, new))
-        return L, dict(new, tau=new.get("tau", tau))
-
-    def predict(self, net, side, f, own, step):
+    def predict(self, net, side):
         """tau (b,) of a network; its first prototypes are features of the first batch."""
-        if step == 0:
+        f = side.f.detach()
+        if side.step == 0:
             with torch.no_grad():
                 h = net.hidden(common.gather(f))[:len(net.prototypes)]
                 net.prototypes[:len(h)] = h
-        B = self.args.batch_size
-        draw = torch.rand(B, f.shape[1], generator=common.generator(
-            self.args.seed, step, f"dropout {side}"))
-        return net(f, (draw >= net.dropout).to(f.device)[own])
+        draw = torch.rand(self.args.batch_size, f.shape[1], generator=common.generator(
+            self.args.seed, side.step, f"dropout {side.name}"))
+        return net(f, (draw >= net.dropout).to(f.device)[side.own])
 
-    def hybrid(self, x, t, X, Y, p, q, S_I, S_T, own, negative, step, epoch, gamma):
+    def hybrid(self, I, T, X, Y):
         """HybridSogCLR as intended (E23a-c). The reading of its mathematics is this project's:
         the released code computes something else, and on most steps nothing."""
+        own, negative = I.own, I.negative
         with torch.no_grad():  # unbiased std of all B^2 similarities
             B, D = X.shape
-            mean = common.total(S_I.sum()) / B ** 2
-            std = (common.total((S_I - mean).square().sum()) / (B ** 2 - 1)).sqrt()
+            mean = common.total(I.S.sum()) / B ** 2
+            std = (common.total((I.S - mean).square().sum()) / (B ** 2 - 1)).sqrt()
             tau = self.args.tau * (1 + std.tanh())
         base = 0.0
-        for table, ids, f, S, other, other_ids in ((self.I, p, x, S_I, self.T, q),
-                                                   (self.T, q, t, S_T, self.I, p)):
-            old, rows = table[ids], self.bank_rows(other, common.gather(other_ids), step)
-            seen = old.log_u > -math.inf
-            wide = torch.cat([S, f @ other.bank[rows].T], 1)  # (b, B + K)
+        for side in (I, T):
+            old = side.table[side.ids]
+            rows = self.bank_rows(side.other, common.gather(side.other_ids), side.step)
+            S = torch.cat([side.S, side.f @ side.other.bank[rows].T], 1)  # (b, B + K)
             mask = torch.cat([negative, negative.new_ones(len(S), len(rows))], 1)
-            L, log_u = info_sogclr(difference(wide, own), mask, old.log_u, tau,
-                                   self.first_visit(old.log_u, epoch, gamma))  # E23a
+            L, log_u = info_sogclr(difference(S, own), mask, old.log_u, tau,
+                                   self.first_visit(old.log_u, side.epoch, side.gamma))  # E23a
             base = base + L
-            bank = bank_row(old.bank, f.detach(), seen, 0.5)
-            self.pending.append((table, ids, dict(log_u=log_u, bank=bank)))
+            bank = bank_row(old.bank, side.f.detach(), old.log_u > -math.inf, 0.5)
+            self.pending.append((side.table, side.ids, dict(log_u=log_u, bank=bank)))
         cov = decorrelation(D ** 0.5 * X) + decorrelation(D ** 0.5 * Y)  # E23b
-        d = common.gather(diagonal(S_I.detach(), own))
-        diff = difficulty(S_I, S_T, own, negative, d, tau)  # E23c
+        d = common.gather(diagonal(I.S.detach(), own))
+        diff = difficulty(I.S, T.S, own, negative, d, tau)  # E23c
         # 0.1 tau: base is in units of similarity, diff in nats
         return base + 0.1 * cov + 0.1 * tau * diff, dict(
             tau=tau.item(), base=base.item(), cov=cov.item(), diff=diff.item())
@@ -755,13 +751,6 @@ class Objective(nn.Module):
         # differs from the released code: there a first visit later on gives u = gamma g
         return torch.full_like(log_u, 1.0 if epoch == 0 else gamma).masked_fill_(
             log_u == -math.inf, 1.0)
-
-    def tau_of(self, p, q):
-        """Temperatures of both directions for clip and cyclip."""
-        if self.args.learn_tau == "sample":
-            return self.tau_I[p][:, None], self.tau_T[q][:, None]
-        tau = self.tau if self.args.learn_tau == "global" else self.args.tau
-        return tau, tau
 
     @torch.no_grad()
     def clamp(self):
@@ -904,7 +893,7 @@ def prompts_of(args, table):
     return names, templates
 
 
-def scores(model, tokenizer, data, pairs):
+def scores(model, tokenizer, data, pairs, prepare=clean):
     """Retrieval (with captions) and zero-shot accuracy (with labels) on the test set.
 
     Images are resized to a square for retrieval, cropped for classification, as the authors do.
@@ -927,7 +916,7 @@ def scores(model, tokenizer, data, pairs):
     y = images.columns.get(args.label, torch.full((len(X),), -1)).to(data.device)
     if table.classes.get(args.label) and (y >= 0).any():
         names, templates = prompts_of(args, table)
-        texts = [clean(t.format(c)) for c in names for t in templates]
+        texts = [prepare(t.format(c)) for c in names for t in templates]
         Z = encode(model, tokenize(tokenizer, texts), data.device).unflatten(0, (len(names), -1))
         logits = X[y >= 0] @ class_weights(Z).T
         ks = (1, min(5, len(names)))
@@ -1087,10 +1076,11 @@ def repeats(p, text):
 
 def finish(log, args, objective, model, tokenizer, data, test, first_step):
     """Pictures and summary."""
-    result, chance, found = scores(model, tokenizer, data, test)
-    tau_picture(Path(args.out) / "tau.png", objective, model, data, test)
     lines = []
-    if common.rank() == 0:
+    if not common.stopping():
+        result, chance, found = scores(model, tokenizer, data, test)
+        tau_picture(Path(args.out) / "tau.png", objective, model, data, test)
+    if not common.stopping() and common.rank() == 0:
         retrieval_picture(f"{args.out}/retrieval.png", data, test, found, args.seed)
         before = log.records()[0]
         lines = [f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   "
@@ -1134,8 +1124,9 @@ def evaluate(args):
         args.mean, args.std = args.mean or list(mean), args.std or list(std)
     data = common.load(args, device)
     model = Towers(clip).to(device)
-    pairs = Pairs(data.test, tokenizer, device) if data.test.captions else None
-    result, chance, found = scores(model, tokenizer, data, pairs)
+    prepare = str if published else clean  # what the texts of their training were
+    pairs = Pairs(data.test, tokenizer, device, prepare) if data.test.captions else None
+    result, chance, found = scores(model, tokenizer, data, pairs, prepare)
     folder = Path(args.out) if "out" in given else folder
     if common.rank() == 0:
         text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,

@@ -411,8 +411,11 @@ def test_stopped_runs_go_on_exactly(goes_on_exactly, argv):
 
 def test_other_data_is_refused(run_main, refused_by, tmp_path, monkeypatch):
     """The tables of a run mean the ids of its data."""
+    monkeypatch.setattr(common, "balanced_rows", lambda labels, n, seed: torch.arange(n))
     run_main(sogclr_clip.main, "run", VERY_SMALL)
-    monkeypatch.setattr(sogclr_clip, "clean", lambda caption: caption + " x")
+    real = common.shapes  # one caption is another one
+    monkeypatch.setattr(common, "shapes", lambda n, seed: (*real(n, seed)[:3], [
+        "a cat", *real(n, seed)[3][1:]]))
     refused_by(sogclr_clip.main, VERY_SMALL, "checkpoint.pt", "other data")
 
 
