@@ -538,10 +538,10 @@ def _captions(args):
     enough to evaluate."""
     if args.test_file is None:
         raise BadInput("--dataset captions needs --test-file (and --train-file to train)")
-    test = captions_table(args.data_dir, args.test_file, args.image_root)
+    test = captions_table(args.data_dir, args.test_file, args.image_root[-1])
     if args.train_file is None:
         return test, test
-    return captions_table(args.data_dir, args.train_file, args.image_root), test
+    return captions_table(args.data_dir, args.train_file, args.image_root[0]), test
 
 
 def captions_table(root, file, image_root=""):
@@ -1920,7 +1920,8 @@ class Parser(argparse.ArgumentParser):
         add("--download", action="store_true", help="let torchvision fetch CIFAR or STL-10")
         add("--train-file", help="csv, npz, captions: training file below --data-dir")
         add("--test-file", help="csv, npz, captions: test file below --data-dir")
-        add("--image-root", default="", help="captions: folder of the images below --data-dir")
+        add("--image-root", nargs="+", default=[""], help="captions: folder of the images below "
+            "--data-dir; or two, for training and test")
         add("--classes", help="folder: file with the class folders to use, one a line")
         add("--label", default="label", help="column that evaluation uses")
         add("--limit-train", type=int, help="use N training images, class-balanced, by seed")

@@ -24,7 +24,8 @@ negatives. The labels E1 to E27 are those of this project: the papers' own could
 Sees:   images and captions.
 State:  per image and per caption, float32: log u and b (8 bytes; the pairs sogclr, sogclr-dro,
         isogclr*), tau and v (8 more: sogclr-dro, isogclr, isogclr-v2), a feature (4 D: hybrid).
-        2.9 M pairs: 46 MB or 93 MB. 400 M pairs: 6.4 GB or 12.8 GB on every rank; hybrid 1.6 TB.
+        2.9 M pairs: 46 MB or 93 MB. 400 M pairs: 6.4 GB or 12.8 GB on every rank; hybrid at
+        D = 512: 1.6 TB.
 Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of this rank, D width.
         A loss sees one direction: its S is (b, B), this rank's anchors against the whole batch.
 
@@ -58,10 +59,10 @@ SMALL = dict(  # [K]; no colour jitter: captions name colours
     optimizer="adamw", weight_decay=0.1, schedule="cosine", crop=[0.5, 1.0], jitter=[0, 0, 0, 0],
     gray=0.0, knn_every=1)
 CC3M = dict(  # [V] clip.py; towers: see README, the original had ResNet-50 and DistilBERT
-    dataset="captions", train_file="clip_train/cc3m_train_new.json", image_root="cc3m",
-    test_file="clip_train/cc3m_val.json", model="RN50", image_size=256, epochs=30, batch_size=512,
-    optimizer="adamw", lr=2e-4, weight_decay=0.02, schedule="authors", warmup=20, tau=0.01,
-    gamma=0.8, rho=6.0, eta=0.03, beta=0.9, crop=[0.5, 1.0], jitter=[0, 0, 0, 0], gray=0.0,
+    dataset="captions", train_file="clip_train/cc3m_train_new.json",
+    test_file="clip_train/coco_val_new.json", image_root=["cc3m", "coco"], model="RN50",
+    image_size=256, epochs=30, batch_size=512, optimizer="adamw", lr=2e-4, weight_decay=0.02,
+    schedule="authors", warmup=20, tau=0.01, crop=[0.5, 1.0], jitter=[0, 0, 0, 0], gray=0.0,
     amp="auto", channels_last=True, knn_every=1)
 RECIPES = {
     "demo": dict(  # built-in synthetic shapes
@@ -69,13 +70,14 @@ RECIPES = {
         warmup=60, tau=0.05, mask_repeats=True),
     "flickr8k": dict(  # every image 20 times = every caption 4 times
         SMALL, dataset="captions", train_file="flickr8k/train.json",
-        test_file="flickr8k/test_retrieval.json", image_root="flickr8k/images",
+        test_file="flickr8k/test_retrieval.json", image_root=["flickr8k/images"],
         model="tiny-resnet", image_size=32, epochs=4, batch_size=256, lr=1e-3, warmup=100,
         tau=0.05, mask_repeats=True),
     "cc3m": CC3M,
     "cc3m-100k": dict(  # the layout of the HybridSogCLR course project; [F] batch
-        CC3M, train_file="clip_train/cc3m_train_subset.json", image_root="datasets",
-        test_file="clip_train/coco_val.json", batch_size=128),
+        CC3M, train_file="clip_train/cc3m_train_subset.json",
+        test_file="clip_train/coco_val.json", batch_size=128,
+        image_root=["datasets/cc3m_subset_100k", "datasets/mscoco_val/mscoco_val2014_subset_5k"]),
     "fastclip-cc3m": dict(  # [R]; not built: the lower rate of tau below 0.03
         CC3M, loss="fastclip", image_size=224, epochs=37, batch_size=1024, lr=1e-3,
         weight_decay=0.1, schedule="cosine", warmup=10000, tau=0.07, gamma=0.2, rho=6.5,
@@ -89,10 +91,10 @@ LOSSES = {
     "cyclip": dict(tau=0.01, learn_tau="none", tau_bounds=(0.001, 0.5), tau_lr=None),  # [V]
     "vicreg": dict(),
     "sogclr": dict(EMA, tau=0.01, eps=1e-8),  # [V]
-    "sogclr-dro": dict(EMA, **STEP, eps=1e-10, rho=6.0, eta=0.001, beta=0.9,
-                       tau_bounds=(0.005, 1.0)),  # [V]; rho 8 where the script does not set it
-    "isogclr": dict(EMA, **STEP, eps=1e-14, rho=8.0, eta=1e-5, beta=0.5,
-                    tau_bounds=(0.005, 0.05)),  # [V]
+    "sogclr-dro": dict(EMA, **STEP, eps=1e-10, rho=6.0, eta=0.03, beta=0.9,
+                       tau_bounds=(0.005, 1.0)),  # [V] their script; without it rho 8, eta 0.001
+    "isogclr": dict(EMA, **STEP, eps=1e-14, rho=8.0, eta=1e-5, beta=0.5,  # eta, beta: hard-coded
+                    tau_bounds=(0.005, 0.05)),  # [V], [F] rho; with eta 0.03 tau jumps to a bound
     "isogclr-tempnet": dict(EMA, eps=1e-14, rho=8.0, tau_bounds=(0.005, 0.05), tau_lr=1e-6),  # [F]
     "isogclr-v1": dict(EMA, rho=6.0, tau_bounds=(0.005, 1.0), tau_lr=1e-6),  # [V], [F] rate
     "isogclr-v2": dict(EMA, **STEP, eps=1e-8, rho=6.0, eta=0.01, beta=0.9,
