@@ -1088,7 +1088,8 @@ def finish(log, args, objective, model, tokenizer, data, test, first_step):
         lines = [f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   "
                  f"(chance {chance[name]:.2f} %)" for name, value in result.items()
                  if name.endswith(("@1", "top-1", "mean"))]
-    lines += [f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"]
+    lines += [f"  queries      {args.out}/retrieval.png",
+              f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"]
     panels = [(name, name + " (%)") for name in ("mean", "zero-shot top-1")]
     panels += [("tau", "tau"), ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")]
     common.summary(log, args, f"{args.loss} on {args.dataset}, {args.model}, batch "
