@@ -15,6 +15,7 @@ Letters: N rows of a data set, B global batch, b rows of this rank, V views, D w
 import argparse
 import collections
 import contextlib
+import csv
 import io
 import json
 import math
@@ -219,6 +220,7 @@ MEAN_STD = {  # channel mean and standard deviation; other data sets use ImageNe
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "captions": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -543,6 +545,88 @@ def csv_table(root, file, class_names):
     return table.select(found.nonzero().flatten()) if lost else table
 
 
+def _captions(args):
+    """Pairs of images and captions. Without --train-file the test file stands for both, which is
+    enough to evaluate."""
+    if args.test_file is None:
+        raise BadInput("--dataset captions needs --test-file (and --train-file to train)")
+    test = captions_table(args.data_dir, args.test_file, args.image_root[-1])
+    if args.train_file is None:
+        return test, test
+    return captions_table(args.data_dir, args.train_file, args.image_root[0]), test
+
+
+def captions_table(root, file, image_root=""):
+    """Read image-caption pairs into a Table of paths: one row a caption, images may repeat.
+
+    JSON: a list of {"image": path, "caption": text or list of texts, "image_id": any, optional};
+    CSV or TSV: columns image (or filepath, path), caption (or title), image_id (optional). Paths
+    are below root/image_root. Without image_id the path is the id. Column `image_id`: dense ids
+    in order of first appearance; `label` is -1, there are no classes.
+    Rows without image or with an empty caption are dropped and counted; over 1 % stops.
+    Errors: BadInput naming the file, the entry (from 0) and the key.
+    """
+    source, folder = Path(root) / file, Path(root) / image_root
+    ids, path_of, rows, lost = {}, {}, [], []
+    for i, entry in enumerate(_caption_entries(source)):
+        def bad(text, i=i):
+            return BadInput(f"{source}, entry {i}: {text}")
+
+        if not isinstance(entry, dict):
+            raise bad(f"is a {type(entry).__name__}, not an object with image and caption")
+        for key in ("image", "caption"):
+            if key not in entry:
+                raise bad(f"has no key {key!r}; it has: {', '.join(map(str, entry))}")
+        name, texts = entry["image"], entry["caption"]
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(name, str):
+            raise bad("image is not a path")
+        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+            raise bad("caption is neither a text nor a list of texts")
+        if not texts:
+            raise bad(f"image {name} has no caption")
+        key = entry.get("image_id", name)
+        if isinstance(key, (dict, list)):
+            raise bad("image_id is no number or text")
+        if path_of.setdefault(key, (name, i))[0] != name:
+            raise bad(f"image_id {key!r} is {name}, but in entry {path_of[key][1]} it is "
+                      f"{path_of[key][0]}")
+        path = _inside(folder, name, source, i)
+        for text in texts:
+            if path is None or not text.strip():
+                lost.append(f"entry {i} ({name}: {'no such file' if path is None else 'empty'})")
+            else:
+                rows.append((path, text, ids.setdefault(key, len(ids))))
+    notes = [f"{source}: {len(lost)} of {len(lost) + len(rows)} captions dropped, the first is "
+             f"{lost[0]}"] if lost else []
+    if len(lost) > 0.01 * (len(lost) + len(rows)):
+        raise BadInput(f"{notes[0]} (looked in {folder})")
+    if not rows:
+        raise BadInput(f"{source} has no entry")
+    paths, captions, image_ids = zip(*rows, strict=True)
+    columns = dict(label=torch.full((len(rows),), -1), image_id=torch.tensor(image_ids))
+    return Table(columns, {}, paths=list(paths), captions=list(captions), notes=notes)
+
+
+def _caption_entries(source):
+    """The entries of a caption file as dicts, unchecked."""
+    try:
+        with open(source, newline="", encoding="utf-8") as file:
+            if source.suffix == ".json":
+                entries = json.load(file)
+                if not isinstance(entries, list):
+                    raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list")
+                return entries
+            reader = csv.DictReader(file, delimiter="," if source.suffix == ".csv" else "\t")
+            names = {"filepath": "image", "path": "image", "title": "caption"}
+            return [{names.get(k, k): v for k, v in row.items() if k and v is not None}
+                    for row in reader]
+    except FileNotFoundError:
+        raise BadInput(f"caption file {source} not found") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadInput(f"caption file {source} cannot be read: {error}") from None
+
+
 def _inside(root, path, source, row):
     """The path below root, literal or percent-decoded (UT-Zappos has %2E); None if absent."""
     for name in (path, urllib.parse.unquote(path)):
@@ -557,6 +641,7 @@ def _inside(root, path, source, row):
 SOURCES = {
     "shapes": _shapes, "shapes-views": _shapes_views, "cifar10": _cifar, "cifar100": _cifar,
     "stl10": _stl10, "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
+    "captions": _captions,
 }
 
 
@@ -1872,8 +1957,10 @@ class Parser(argparse.ArgumentParser):
         add("--dataset", default="shapes", choices=list(SOURCES))
         add("--data-dir", default="data", help="folder of the data set")
         add("--download", action="store_true", help="let torchvision fetch CIFAR or STL-10")
-        add("--train-file", help="csv or npz: training file below --data-dir")
-        add("--test-file", help="csv or npz: test file below --data-dir")
+        add("--train-file", help="csv, npz, captions: training file below --data-dir")
+        add("--test-file", help="csv, npz, captions: test file below --data-dir")
+        add("--image-root", nargs="+", default=[""], help="captions: folder of the images below "
+            "--data-dir; or two, for training and test")
         add("--classes", help="folder: file with the class folders to use, one a line")
         add("--label", default="label", help="column that evaluation uses")
         add("--limit-train", type=int, help="use N training images, class-balanced, by seed")

@@ -10,7 +10,9 @@ A documented group that is missing fails, and so does a key that no test reads.
 Tolerances are relative in float64 and relative to the largest entry in float32.
 """
 import functools
+import inspect
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -31,6 +33,7 @@ import common
 import linear_eval
 import ood_eval
 import rince
+import sogclr_clip
 import wcl
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -57,6 +60,20 @@ GROUPS = {  # method -> documented groups, each of which must be there
         "inbatch", "cifar100", "cifar", "scl", "sclsuper", "queue_fifo", "queue_ring",
         "queue_ring_exact", "queue_fifo_overfull", "ema", "trainstep", "ddp", "lr", "ood_full",
         "ood_rankdef", "retrieval", "hier",
+    ],
+    "sogclr_clip": [
+        "meta", "clip", "clip_t001", "clip_learn", "clip_pers", "cyclip", "cyclip_l", "vicreg",
+        "vicreg_small", "sogclr", "sogclr_t001", "sogclr_g01", "sogclr_sqh", "sogclr_dup",
+        "sogclr_late", "sogclr_upstream", "sogclr_dro", "sogclr_dro_cos", "sogclr_dro_exp",
+        "isogclr_new", "isogclr_new_eta", "isogclr_new_tempnet", "isogclr_new_v1",
+        "isogclr_new_v2", "isogclr_new_v2_lam", "onlineclr", "onlineclr_t001", "hybrid",
+        "hybrid_fixed", "hybrid_base", "hybrid_clamp", "hybrid_intended", "sogclr_mine",
+        "sogclr_mine_half", "sogclr_mine_zero", "fastclip_v0", "fastclip_v1", "fastclip_v2",
+        "fastclip_v3", "fastclip_sched", "siglip", "sogclr_unimodal", "retrieval",
+        "retrieval_uneven", "zeroshot", "lr_upstream", "lr_fork100k", "lr_short", "caption",
+        "ws2_clip", "ws2_cyclip", "ws2_vicreg", "ws2_sogclr", "ws2_sogclr_upstream",
+        "ws2_sogclr_dro", "ws2_isogclr_new", "ws2_isogclr_new_v2", "ws2_onlineclr",
+        "ws2_sogclr_unimodal",
     ],
 }
 
@@ -1965,3 +1982,665 @@ def test_class_lists():
         "imagenet_outliers_split3": 100, "tinyimagenet_inliers": 180, "tinyimagenet_outliers": 20}
     assert len(set(imagenet)) == 400
     assert len({*lists["tinyimagenet_inliers"], *lists["tinyimagenet_outliers"]}) == 200
+
+
+# ===================================================================================== SogCLR, CLIP
+#
+# One direction after the other: images (rows of S) against texts, texts against images. Cases of
+# two ranks hold the global batch; there the loss of the original is that of all pairs on every
+# rank, and its gradients are the slices of one process (see `of`).
+
+
+def clip_cases(*patterns):
+    """`exercises` for several patterns, in both precisions if the test has a `dtype`."""
+    def decorate(test):
+        marked = [exercises("sogclr_clip", pattern)(test) for pattern in patterns]
+        found = [case for mark in marked for case in mark.pytestmark[0].args[1]]
+        checked = marked[-1]  # all are the same but for their cases
+        checked.pytestmark = []
+        if "dtype" in inspect.signature(test).parameters:
+            checked = pytest.mark.parametrize("dtype", [torch.float64, torch.float32],
+                                              ids=["f64", "f32"])(checked)
+        return pytest.mark.parametrize("case", found, ids=[c.prefix for c in found])(checked)
+
+    return decorate
+
+
+def of(case, name, t, dtype=None):
+    """Result `name` of step t. Two ranks: gradients are joined, the rest must be the same."""
+    x = case[name]
+    if not case.prefix.startswith("ws2"):
+        x = x[t]
+    elif name.startswith("grad"):
+        x = x[:, t].flatten(0, 1)
+    else:
+        assert torch.equal(x[0], x[1]), name
+        x = x[0, t]
+    return x if dtype is None else x.to(dtype)
+
+
+def hyper(case):
+    """All hp_ scalars; those of a case with two ranks stand in the case of one."""
+    found = {k.removeprefix("hp_"): case.get(k) for k in case.arrays if k.startswith("hp_")}
+    stem = case.prefix.removeprefix("ws2_") + "/hp_"
+    return {k.removeprefix(stem): v.item() for k, v in arrays("sogclr_clip").items()
+            if k.startswith(stem)} | found
+
+
+def features_of(case, t, dtype=torch.float64):
+    """Leaves img, txt (B, D), columns of the own pairs, and the mask of negatives."""
+    img, txt = (leaf(case[k][t].to(dtype)) for k in ("in_img", "in_txt"))
+    own = torch.arange(len(img))
+    return img, txt, own, sogclr_clip.negatives(own, len(img))
+
+
+def same_step(case, t, loss, img, txt, dtype=torch.float64):
+    """Loss (None: the file has none) and both gradients of a step."""
+    if loss is not None:
+        close(loss, of(case, "loss", t, dtype), 1e-10, 1e-4, 1e-12 if dtype.itemsize > 4 else 1e-5,
+              what=f"{case.prefix} loss {t}")
+        loss.backward()
+    for name, x in (("grad_img", img), ("grad_txt", txt)):
+        close(grad(x), of(case, name, t, dtype), 1e-10, 1e-4, 1e-12 if dtype.itemsize > 4 else 1e-5,
+              what=f"{case.prefix} {name} {t}")
+
+
+def first_tau(case):
+    """Where the temperatures begin; a case of two ranks shows it where no id was seen."""
+    if "hp_tau_init" in case:
+        return hyper(case)["tau_init"]
+    return case["tau_I"][0, 0][case["s_I"][0, 0] == 0][0].item()
+
+
+def walk(case, direction, dtype, N, **start):
+    """Run a loss with state through all steps of a case and compare everything.
+
+    direction(S, own, negative, old, hp, epoch, side, t) gives L and the new values of the rows;
+    state is kept here by id, `start` are its initial values.
+    """
+    hp, B = hyper(case), case["in_img"].shape[1]
+    case.read.add("extra")  # informative only
+    state = {s: {k: torch.full((N,), v, dtype=dtype) for k, v in start.items()} for s in "IT"}
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        loss = 0.0
+        for side, S, ids in (("I", img @ txt.T, case["in_img_ids"][t]),
+                             ("T", txt @ img.T, case["in_txt_ids"][t])):
+            old = {k: v[ids] for k, v in state[side].items()}
+            L, new = direction(S, own, negative, old, hp, case["in_epoch"][t].item(), side, t)
+            for k, v in new.items():
+                state[side][k][ids] = v
+            loss = loss + L
+        same_step(case, t, loss, img, txt, dtype)
+        for side in "IT":
+            same_state(case, t, side, state[side], dtype, B, hp)
+    return state
+
+
+def same_state(case, t, side, state, dtype, B, hp):
+    s, b = of(case, f"s_{side}", t), of(case, f"b_{side}", t)
+    seen = s > 0
+    expected = s.log() + b
+    if "isogclr_new" in case.prefix and "_v" not in case.prefix:
+        expected = expected - math.log(B - 1)  # a sum there, a mean here
+    atol = 1e-10 if dtype == torch.float64 else 2e-4
+    close(state["log_u"][seen], expected[seen].to(dtype), 1e-10, 1e-5, atol, f"log u {side} {t}")
+    assert (state["log_u"][~seen] == -math.inf).all()
+    if "b" in state:
+        close(state["b"], b.to(dtype), 1e-10, 1e-4, 1e-12, f"b {side} {t}")
+    for name, key in (("tau", "tau"), ("v", "u")):
+        if name in state:
+            close(state[name], of(case, f"{key}_{side}", t, dtype), 1e-10, 1e-4,
+                  1e-12 if dtype == torch.float64 else 1e-5, f"{name} {side} {t}")
+
+
+def same_log_u(log_u, expected, dtype):
+    """log u of all ids; -inf where never seen."""
+    seen = expected > -math.inf
+    assert torch.equal(log_u > -math.inf, seen)
+    close(log_u[seen], expected[seen].to(dtype), 1e-10, 1e-5,
+          1e-10 if dtype == torch.float64 else 2e-4, "log u")
+
+
+def size(case):
+    """N of the data set: hp_N, or the width of a table."""
+    return hyper(case)["N"] if "hp_N" in case else case["s_I"].shape[-1]
+
+
+@clip_cases("meta")
+def test_sogclr_meta(case):
+    assert case["sizes_B_D_N_T"].numel() == 4 and case["seed"].dim() == 0
+
+
+@clip_cases("clip", "clip_t001", "ws2_clip")
+def test_clip(case, dtype):
+    """(E1); two ranks: also the loss and gradients of one process, stored beside."""
+    tau = hyper(case)["temperature"]
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        loss = (sogclr_clip.clip(img @ txt.T, own, negative, tau)
+                + sogclr_clip.clip(txt @ img.T, own, negative, tau)) / 2
+        same_step(case, t, loss, img, txt, dtype)
+        full(case, t, loss, img, txt, dtype)
+
+
+def full(case, t, loss, img, txt, dtype):
+    """What the files of two ranks say about one process."""
+    case.read |= {"in_img_ids", "in_txt_ids", "in_epoch"} & case.arrays.keys()
+    for name, x in (("full_loss", loss), ("full_grad_img", img.grad), ("full_grad_txt", txt.grad)):
+        if name in case:
+            close(x, case[name][t].to(dtype), 1e-10, 1e-4, 1e-12, name)
+
+
+@clip_cases("clip_learn")
+def test_clip_with_learnable_tau(case, dtype):
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        tau = leaf(case["hp_temperature"].to(dtype))
+        loss = (sogclr_clip.clip(img @ txt.T, own, negative, tau)
+                + sogclr_clip.clip(txt @ img.T, own, negative, tau)) / 2
+        same_step(case, t, loss, img, txt, dtype)
+        close(tau.grad, case["gradp_temp"][t].to(dtype), 1e-10, 1e-4, what="gradp_temp")
+
+
+@clip_cases("clip_pers")
+def test_clip_with_tau_per_sample(case):
+    """The original divides columns by the temperatures of rows; ours divides rows."""
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t)
+        tau_I, tau_T = leaf(case["in_image_tau"]), leaf(case["in_text_tau"])
+        p, q = case["in_img_ids"][t], case["in_txt_ids"][t]
+        fixed = (sogclr_clip.clip(img @ txt.T, own, negative, tau_I[p][:, None])
+                 + sogclr_clip.clip(txt @ img.T, own, negative, tau_T[q][:, None])) / 2
+        close(fixed, case["loss_rowwise_fixed"][t], 1e-10, what="row-wise")
+        buggy = (F.cross_entropy(img @ txt.T / tau_I[p], own)
+                 + F.cross_entropy(txt @ img.T / tau_T[q], own)) / 2
+        assert abs(fixed.item() - buggy.item()) > 1e-3
+        same_step(case, t, buggy, img, txt)
+        close(tau_I.grad, case["gradp_image_tau"][t], 1e-10, atol=1e-12)
+        close(tau_T.grad, case["gradp_text_tau"][t], 1e-10, atol=1e-12)
+
+
+@clip_cases("cyclip", "cyclip_l", "ws2_cyclip")
+def test_cyclip(case, dtype):
+    hp = hyper(case)
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        S_I, S_T = img @ txt.T, txt @ img.T
+        loss = (sogclr_clip.clip(S_I, own, negative, hp["temperature"])
+                + sogclr_clip.clip(S_T, own, negative, hp["temperature"])) / 2
+        loss = loss + sogclr_clip.cyclip(S_I, S_T, img @ img.T, txt @ txt.T, hp["lambda_in"],
+                                         hp["lambda_cross"])
+        same_step(case, t, loss, img, txt, dtype)
+        full(case, t, loss, img, txt, dtype)
+
+
+@clip_cases("vicreg", "vicreg_small", "ws2_vicreg")
+def test_vicreg(case, dtype):
+    hp = hyper(case)
+    for t in range(len(case["in_img"])):
+        img, txt, *_ = features_of(case, t, dtype)
+        loss = sogclr_clip.vicreg(img, txt, hp["sim"], hp["std"], hp["cov"])
+        same_step(case, t, loss, img, txt, dtype)
+        full(case, t, loss, img, txt, dtype)
+
+
+@clip_cases("sogclr", "sogclr_t001", "sogclr_g01", "sogclr_sqh", "sogclr_late", "sogclr_upstream",
+            "ws2_sogclr", "ws2_sogclr_upstream")
+def test_sogclr(case, dtype):
+    """(E4) to (E11). The original's rule for a first visit after epoch 0 is u = gamma g; its
+    earlier release counts the pair itself and knows no rule for epoch 0."""
+    upstream = case.prefix.endswith("upstream")
+    full_only = dict(s_I=0) if upstream else {}
+
+    def direction(S, own, negative, old, hp, epoch, side, t):
+        gamma = 1.0 if epoch == 0 and not upstream else hp["gamma"]
+        D = sogclr_clip.difference(S, own)
+        if case.prefix == "sogclr_sqh":  # the surrogate of the original, not offered here
+            D = (D + hp["surrogate_c"]).clamp(min=0).square()
+        if upstream:
+            tau = torch.full_like(S[:, 0], hp["temperature"])
+            L, log_u, b, _ = sogclr_clip.sogclr_dro(D, own, negative, old["log_u"], old["b"], tau,
+                                                    gamma, 0.0, hp["eps"])
+        else:
+            L, log_u, b = sogclr_clip.sogclr(D, negative, old["log_u"], old["b"],
+                                             hp["temperature"], gamma, hp["eps"])
+        return L, dict(log_u=log_u, b=b)
+
+    assert isinstance(full_only, dict)
+    walk(case, direction, dtype, size(case), log_u=-math.inf, b=0.0)
+    for t in range(len(case["in_img"])):  # the file of two ranks: gradients of one process
+        for name in ("full_loss", "full_grad_img", "full_grad_txt"):
+            if name in case:
+                close(of(case, name.removeprefix("full_"), t), case[name][t], 1e-10, what=name)
+
+
+@clip_cases("sogclr_dup")
+def test_sogclr_with_an_id_twice(case):
+    """Both rows of an id start from the same u; the table keeps the last row's value. The original
+    then reads b back, so that both rows have the b of the last, which shows only in eps e^b."""
+    hp, N = hyper(case), size(case)
+    case.read.add("extra")
+    state = {s: (torch.full((N,), -math.inf).double(), torch.zeros(N).double()) for s in "IT"}
+    repeated = 0
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t)
+        gamma = 1.0 if case["in_epoch"][t] == 0 else hp["gamma"]
+        loss = 0.0
+        for side, S, ids in (("I", img @ txt.T, case["in_img_ids"][t]),
+                             ("T", txt @ img.T, case["in_txt_ids"][t])):
+            repeated += len(ids) - len(ids.unique())
+            log_u, b = state[side]
+            D = sogclr_clip.difference(S, own)
+            L, new_u, new_b = sogclr_clip.sogclr(D, negative, log_u[ids], b[ids],
+                                                 hp["temperature"], gamma, hp["eps"])
+            for i in range(len(ids)):  # the last row of an id wins
+                log_u[ids[i]], b[ids[i]] = new_u[i], new_b[i]
+            z, n = D.detach() / hp["temperature"], negative.sum(1).double()
+            floor = torch.logaddexp(new_u, math.log(hp["eps"]) + b[ids])  # b read back
+            back = sogclr_clip.weighted(D, z, floor, negative, n)[0].mean()
+            close(L, back, 1e-4, what="each row with its own b")
+            loss = loss + back
+            same_state(case, t, side, dict(log_u=log_u, b=b), torch.float64, len(ids), hp)
+        same_step(case, t, loss, img, txt)
+    assert repeated
+
+
+def dro(case, variant):
+    """`direction` of the losses with stored temperatures."""
+    def direction(S, own, negative, old, hp, epoch, side, t):
+        new = variant(S, own, negative, old, hp, 1.0 if epoch == 0 else hp["gamma"], t)
+        L, G = new.pop("L"), new.pop("G")
+        schedule = case.prefix.removeprefix("sogclr_dro_")
+        schedule = {"cos": "cosine", "exp": "exp"}.get(schedule, "const")
+        eta = sogclr_clip.eta_at(epoch, hp.get("max_epoch", 30), hp["eta_init"], schedule,
+                                 hp.get("eta_min", 1e-4))
+        assert hp.get("eta_exp_gamma", 0.8) == 0.8
+        new["tau"], new["v"] = sogclr_clip.temperature_step(
+            old["tau"], old["v"], G, hp["beta_u"], eta, (hp["tau_min"], hp["tau_max"]),
+            hp.get("grad_clip", math.inf))
+        return L, new
+    return direction
+
+
+@clip_cases("sogclr_dro", "sogclr_dro_cos", "sogclr_dro_exp", "ws2_sogclr_dro")
+def test_sogclr_dro(case, dtype):
+    """(E12) to (E14); the original has no rule for epoch 0."""
+    def variant(S, own, negative, old, hp, gamma, t):
+        L, log_u, b, G = sogclr_clip.sogclr_dro(
+            sogclr_clip.difference(S, own), own, negative, old["log_u"], old["b"], old["tau"],
+            hp["gamma"], hp["rho"], hp["eps"])
+        return dict(L=L, log_u=log_u, b=b, G=G)
+
+    walk(case, dro(case, variant), dtype, size(case), log_u=-math.inf, b=0.0, v=0.0,
+         tau=first_tau(case))
+
+
+@clip_cases("isogclr_new", "isogclr_new_eta", "ws2_isogclr_new")
+def test_isogclr(case, dtype):
+    def variant(S, own, negative, old, hp, gamma, t):
+        L, log_u, b, G = sogclr_clip.isogclr(
+            sogclr_clip.difference(S, own), negative, old["log_u"], old["b"], old["tau"], gamma,
+            hp["rho"], hp["eps"])
+        return dict(L=L, log_u=log_u, b=b, G=G)
+
+    walk(case, dro(case, variant), dtype, size(case), log_u=-math.inf, b=0.0, v=0.0,
+         tau=first_tau(case))
+
+
+@clip_cases("isogclr_new_v2", "isogclr_new_v2_lam", "ws2_isogclr_new_v2")
+def test_isogclr_v2(case, dtype):
+    """(E20). In float32 the original fails here (s underflows); log u does not."""
+    log_r, lambd, done = torch.tensor(-math.inf, dtype=dtype), hyper(case)["lamda"], None
+
+    def variant(S, own, negative, old, hp, gamma, t):
+        nonlocal log_r, done
+        if t != done:  # once a step
+            log_r = sogclr_clip.log_average(
+                log_r, sogclr_clip.positives(S.diagonal().detach(), lambd), gamma)
+            expected, done = of(case, "r", t).log() + of(case, "b_pos", t), t
+            close(log_r, expected.to(dtype), 1e-10, 1e-4, 1e-10, "r")
+        L, log_u, b, G = sogclr_clip.isogclr_v2(
+            S, own, negative, old["log_u"], old["b"], log_r, old["tau"], gamma, hp["rho"], lambd,
+            hp["eps"])
+        return dict(L=L, log_u=log_u, b=b, G=G)
+
+    walk(case, dro(case, variant), dtype, size(case), log_u=-math.inf, b=0.0, v=0.0,
+         tau=first_tau(case))
+
+
+def generators(case, dtype):
+    """Both TempNets with the parameters of the file."""
+    hp, D, nets = hyper(case), case["in_img"].shape[-1], {}
+    for side in "IT":
+        stem = f"in_par_{side}_"
+        parameters = {k.removeprefix(stem).replace("_weight", ".weight").replace("_bias", ".bias"):
+                      case[k].to(dtype) for k in case.arrays if k.startswith(stem)}
+        nets[side] = sogclr_clip.TempNet(D, hp["M"], (hp["tau_min"], hp["tau_max"])).to(dtype)
+        nets[side].load_state_dict(parameters)
+    return nets
+
+
+@clip_cases("isogclr_new_tempnet", "isogclr_new_v1")
+def test_isogclr_with_a_network(case, dtype):
+    """(E15) to (E19), without dropout: losses, temperatures, gradients of the network."""
+    nets, v1 = generators(case, dtype), case.prefix.endswith("v1")
+
+    def direction(S, own, negative, old, hp, epoch, side, t):
+        gamma = 1.0 if epoch == 0 else hp["gamma"]
+        f = case["in_img" if side == "I" else "in_txt"][t].to(dtype)
+        nets[side].zero_grad()
+        tau = nets[side](f)
+        close(tau, case[f"tau_out_{side}"][t].to(dtype), 1e-10, 1e-4, what="tau")
+        rho = hp["rho"] if v1 else hp[f"rho_{side}"]
+        if v1:
+            L, log_u, G = sogclr_clip.isogclr_v1(S, own, negative, old["log_u"], tau.detach(),
+                                                 gamma, rho)
+            new = dict(log_u=log_u)
+        else:
+            L, log_u, b, G = sogclr_clip.isogclr(
+                sogclr_clip.difference(S, own), negative, old["log_u"], old["b"], tau.detach(),
+                gamma, rho, hp["eps"])
+            new = dict(log_u=log_u, b=b)
+        extra = (G * tau).mean()
+        for name, g in zip([n for n, _ in nets[side].named_parameters()],
+                           torch.autograd.grad(extra, list(nets[side].parameters()),
+                                               retain_graph=True), strict=True):
+            close(g, case[f"gradp_{side}_{name.replace('.', '_')}"][t].to(dtype), 1e-9, 1e-4, 1e-12,
+                  what=f"{side} {name}")
+        return L + extra, new
+
+    start = dict(log_u=-math.inf) if v1 else dict(log_u=-math.inf, b=0.0)
+    walk(case, direction, dtype, size(case), **start)
+
+
+@clip_cases("onlineclr", "onlineclr_t001", "ws2_onlineclr")
+def test_onlineclr(case, dtype):
+    """(E21), (E22); the file holds u = n e^(-c/tau)."""
+    hp = hyper(case)
+    tau, gamma = hp["temperature"], hp["gamma"]
+    log_n = log_p = torch.tensor(-math.inf, dtype=dtype)
+    case.read |= {"in_img_ids", "in_txt_ids", "in_epoch"} & case.arrays.keys()
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        S = img @ txt.T
+        n, p = sogclr_clip.online_sums(S.detach(), own, negative, tau) + math.log(2)
+        log_n = sogclr_clip.log_average(log_n, n, gamma)
+        log_p = sogclr_clip.log_average(log_p, p, gamma)
+        for log, u, c, scale in ((log_n, "u_n", "c_n", tau), (log_p, "u_p", "c_p", 10 * tau)):
+            expected = of(case, u, t).log().squeeze() + of(case, c, t) / scale
+            close(log, expected.to(dtype), 1e-10, 1e-4, 1e-10, u)
+        loss = sum(sogclr_clip.onlineclr(x, own, negative, log_n, log_p, tau) for x in (S, S.T))
+        same_step(case, t, loss, img, txt, dtype)
+
+
+@clip_cases("sogclr_mine", "sogclr_mine_half", "sogclr_mine_zero")
+def test_sogclr_mine(case, dtype):
+    """(E24) to (E26) with floor 0, and the first-visit rule."""
+    hp, N = hyper(case), size(case)
+    tau, log_v = hp["temperature"], torch.tensor(-math.inf, dtype=dtype)
+    tables = {s: torch.full((N,), -math.inf, dtype=dtype) for s in "IT"}
+    tight, loose = dict(f64=1e-10, f32=1e-4), 1e-12 if dtype == torch.float64 else 1e-4
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        S, epoch = img @ txt.T, case["in_epoch"][t].item()
+        g = sogclr_clip.log_mean(S.detach() / tau, negative, negative.sum(1).to(dtype))
+        log_v = sogclr_clip.log_average(log_v, g.logsumexp(0) - math.log(len(g)),
+                                        1.0 if epoch == 0 else hp["gamma"])
+        close(log_v, case["logv"][t].to(dtype), atol=loose, **tight)
+        gcl = dv = 0.0
+        mean = 0.0
+        for side, x, ids in (("I", S, case["in_img_ids"][t]), ("T", S.T, case["in_txt_ids"][t])):
+            old = tables[side][ids]
+            gamma = sogclr_clip.Objective.first_visit(old, epoch, hp["gamma"])
+            L, log_u = sogclr_clip.info_sogclr(sogclr_clip.difference(x, own), negative, old, tau,
+                                               gamma)
+            tables[side][ids] = log_u
+            gcl, dv = gcl + L, dv + sogclr_clip.mine(x, own, negative, log_v, tau)
+            mean = mean - log_u.mean() / 2
+            same_log_u(tables[side], case[f"logu_{side}"][t], dtype)
+        for name, value in (("loss_sogclr", gcl), ("loss_mine", dv), ("mi_gcl", mean),
+                            ("mi_dv", S.diagonal().mean() / tau - log_v)):
+            close(value, case[name][t].to(dtype), atol=loose, what=name, **tight)
+        same_step(case, t, (1 - hp["lam"]) * gcl + hp["lam"] * dv, img, txt, dtype)
+
+
+@clip_cases("fastclip_v[0-3]")
+def test_fastclip(case, dtype):
+    """v3 is `fastclip`, v1 is `sogclr` with eps = 0, v2 has a temperature per sample; v0 is for
+    the record: its pieces are those of `fastclip`. Step 0 has gamma = 1."""
+    hp, N, v = hyper(case), size(case), case.prefix[-1]
+    tables = {s: torch.full((N,), -math.inf, dtype=dtype) for s in "IT"}
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        gamma, loss, grad_tau = case["in_gamma"][t].item(), 0.0, []
+        for side, name, S, ids in (("I", "img", img @ txt.T, case["in_img_ids"][t]),
+                                   ("T", "txt", txt @ img.T, case["in_txt_ids"][t])):
+            tau = case[f"in_tau_{name}"][t].to(dtype)[:, None] if v == "2" else hp["tau"]
+            L, log_u, G = sogclr_clip.fastclip(sogclr_clip.difference(S, own), negative,
+                                               tables[side][ids], tau, gamma, hp["rho"], hp["eps"])
+            tables[side][ids] = log_u
+            u = case[f"u_{side}"][t]
+            close(tables[side][u > 0], u[u > 0].log().to(dtype), 1e-10, 1e-5, 1e-10)
+            if v == "0":  # log(eps + u) itself, not times tau
+                L, G = L / tau, (G - torch.logaddexp(log_u, torch.tensor(math.log(
+                    hp["eps"]), dtype=dtype)) - hp["rho"]) / tau
+            loss = loss + L
+            grad_tau.append(G)
+        loss.backward()
+        same_step(case, t, None, img, txt, dtype)
+        expected = case["grad_tau"][t].to(dtype)
+        found = torch.stack(grad_tau)
+        if v in "03":
+            found = found.mean(1).sum()
+        if v == "1":
+            assert not expected.any()  # tau is constant
+        else:
+            close(found, expected, 1e-10, 1e-4, 1e-10 if dtype == torch.float64 else 1e-4, "tau")
+
+
+@clip_cases("fastclip_sched")
+def test_gamma_schedule(case):
+    E, gamma_min = case.get("hp_decay_epochs"), case.get("hp_gamma_min")
+    rates = [sogclr_clip.gamma_at(e, 2 * E, gamma_min, "cosine")
+             for e in range(len(case["gamma_cosine"]))]
+    close(torch.tensor(rates, dtype=torch.float64), case["gamma_cosine"], 1e-12)
+
+
+@clip_cases("siglip")
+def test_siglip(case, dtype):
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        s, c = leaf(case["hp_logit_scale"].to(dtype)), leaf(case["hp_logit_bias"].to(dtype))
+        same_step(case, t, sogclr_clip.siglip(img @ txt.T, own, negative, s, c), img, txt, dtype)
+        close(s.grad, case["gradp_scale"][t].to(dtype), 1e-10, 1e-4)
+        close(c.grad, case["gradp_bias"][t].to(dtype), 1e-10, 1e-4)
+
+
+@clip_cases("hybrid_intended")
+def test_hybrid(case, dtype):
+    """(E23a) to (E23c): all rows of the bank that were seen and are not in the batch."""
+    hp, N, D = hyper(case), size(case), case["in_img"].shape[-1]
+    log_u = {s: torch.full((N,), -math.inf, dtype=dtype) for s in "IT"}
+    bank = {s: torch.zeros(N, D, dtype=dtype) for s in "IT"}
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+
+    def same(value, name, t, index=()):
+        close(value, case[name][(t, *index)].to(dtype), 1e-10, 1e-4, max(atol, 1e-10), name)
+
+    for t in range(len(case["in_img"])):
+        img, txt, own, negative = features_of(case, t, dtype)
+        x, y = F.normalize(img, dim=1), F.normalize(txt, dim=1)
+        S, ids = x @ y.T, dict(I=case["in_img_ids"][t], T=case["in_txt_ids"][t])
+        tau = hp["tau"] * (1 + S.detach().std().tanh())
+        same(tau, "tau", t)
+        base, new, epoch = 0.0, {}, case["in_epoch"][t].item()
+        for side, other, f, sims in (("I", "T", x, S), ("T", "I", y, S.T)):
+            rows = torch.arange(N)
+            rows = rows[(log_u[other] > -math.inf) & ~torch.isin(rows, ids[other])]
+            assert len(rows) == case["n_bank"][t]["IT".index(side)]
+            wide = torch.cat([sims, f @ bank[other][rows].T], 1)
+            mask = torch.cat([negative, torch.ones(len(f), len(rows), dtype=torch.bool)], 1)
+            old = log_u[side][ids[side]]
+            L, now = sogclr_clip.info_sogclr(
+                sogclr_clip.difference(wide, own), mask, old, tau,
+                sogclr_clip.Objective.first_visit(old, epoch, hp["gamma"]))
+            base = base + L
+            new[side] = now, sogclr_clip.bank_row(bank[side][ids[side]], f.detach(),
+                                                  old > -math.inf, hp["memory_momentum"])
+        for side, (now, row) in new.items():
+            log_u[side][ids[side]], bank[side][ids[side]] = now, row
+            same_log_u(log_u[side], case[f"logu_{side}"][t], dtype)
+            same(bank[side], f"bank_{side}", t)
+        cov = sum(sogclr_clip.decorrelation(D ** 0.5 * f) for f in (x, y))
+        diff = sogclr_clip.difficulty(S, S.T, own, negative, S.diagonal(), tau)
+        for name, value in (("base", base), ("cov", cov), ("diff", diff)):
+            same(value, name, t)
+        same_step(case, t, base + hp["covariance_weight"] * cov + hp["difficulty_weight"] * diff,
+                  img, txt, dtype)
+
+
+# ------------------------------------------------------------------ for the record, only here
+
+
+def literal_hybrid(img, txt, s, ids, epoch, hp):
+    """HybridSogCLR as coded: no b, the pair itself in the sums, ids clamped into the bank, a
+    "covariance" that is the mean variance, a difficulty term that raises all similarities.
+
+    s: dict of (bank,) tables, which are updated. Returns: loss and its parts.
+    """
+    x, y = F.normalize(img, dim=1), F.normalize(txt, dim=1)
+    S = x @ y.T
+    tau = hp["tau"] * (1 + S.std().tanh().detach()) if hp.get("adaptive") else hp["tau"]
+    Q, B = S / tau, len(S)
+    parts = []
+    for side, q in (("I", Q), ("T", Q.T)):
+        D = (q - q.diagonal()[:, None]).clamp(-1e3, 1e3)
+        E = D.detach().exp().clamp(max=1e3)
+        g = E.sum(1) / (B - 1)
+        old = s[side][ids[side]]
+        new = g if epoch == 0 else (1 - hp["gamma"]) * old + hp["gamma"] * g
+        for i in range(B):
+            s[side][ids[side][i]] = new[i]
+        parts.append((E / (new[:, None] + hp.get("eps", 1e-8)) * D).mean())
+    cov = sum(f.var(0).mean() for f in (x, y))
+    a, c = ((f - f.mean(0)).norm(dim=1).softmax(0).detach() for f in (x, y))
+    diff = -(Q * a[:, None] * c[None]).mean()
+    base = sum(parts) / 2
+    loss = base + hp["covariance_weight"] * cov + hp["difficulty_weight"] * diff
+    parts = torch.stack([base, cov, diff, torch.as_tensor(tau), *parts]).detach()
+    return loss, parts, x, y
+
+
+@clip_cases("hybrid", "hybrid_fixed", "hybrid_base", "hybrid_clamp")
+def test_literal_hybrid(case):
+    hp = hyper(case)
+    K, D, m = int(hp["bank"]), case["in_img"].shape[-1], hp["memory_momentum"]
+    s = {side: torch.zeros(K, dtype=torch.float64) for side in "IT"}
+    bank = {side: torch.zeros(K, D, dtype=torch.float64) for side in "IT"}
+    for t in range(len(case["in_img"])):
+        img, txt, *_ = features_of(case, t)
+        ids = dict(I=case["in_img_ids"][t].clamp(0, K - 1), T=case["in_txt_ids"][t].clamp(0, K - 1))
+        loss, parts, x, y = literal_hybrid(img, txt, s, ids, case["in_epoch"][t], hp)
+        for side, f in (("I", x), ("T", y)):
+            old = bank[side].clone()
+            for i, row in enumerate(ids[side]):
+                bank[side][row] = m * old[row] + (1 - m) * f[i].detach()
+            close(s[side], case[f"s_{side}"][t], 1e-10, what=f"s_{side}")
+            close(bank[side], case[f"b_{side}"][t], 1e-10, atol=1e-12, what=f"bank {side}")
+        if "components" in case:
+            for i, w in ((1, hp["covariance_weight"]), (2, hp["difficulty_weight"])):
+                parts[i] *= w > 0  # the original leaves them out
+            # the temperature was stored as float32 where it is fixed
+            close(parts, case["components"][t], 1e-10, atol=1e-8, what="components")
+        same_step(case, t, loss, img, txt)
+    if "running_scales" in case:  # never used by the original
+        assert case["running_scales"].shape == (3,)
+
+
+def unimodal(h1, h2, u, gamma, T):
+    """One direction of SogCLR between views: anchors h1 against all other h1 and h2."""
+    x, y = F.normalize(h1, dim=1), F.normalize(h2, dim=1)
+    B = len(x)
+    off = ~torch.eye(B, dtype=torch.bool)
+    sims = torch.cat([(x @ y.T)[off].view(B, -1), (x @ x.T)[off].view(B, -1)], 1)  # (B, 2B - 2)
+    E = (sims.detach() / T).exp()
+    new = (1 - gamma) * u + gamma * E.mean(1)
+    return ((E / new[:, None] * sims).mean(1) - (x * y).sum(1)), new
+
+
+@clip_cases("sogclr_unimodal", "ws2_sogclr_unimodal")
+def test_sogclr_of_two_views(case):
+    """The authors' unimodal form: local anchors on two ranks, one u for both views."""
+    hp, W = hyper(case), 2 if case.prefix.startswith("ws2") else 1
+    N = case["u"].shape[-2]
+    u = torch.zeros(N, dtype=torch.float64)
+    for t in range(len(case["in_ids"])):
+        h1, h2, ids = leaf(case["in_h1"][t]), leaf(case["in_h2"][t]), case["in_ids"][t]
+        gamma = hp["gamma"] if u[ids].sum() else 1.0
+        parts = [unimodal(a, b, u[ids], gamma, hp["T"]) for a, b in ((h1, h2), (h2, h1))]
+        u[ids] = (parts[0][1] + parts[1][1]) / 2
+        loss = parts[0][0] + parts[1][0]  # (B,)
+        b = len(ids) // W
+        for r in range(W):
+            pick = (r, t) if W > 1 else (t,)
+            own = slice(r * b, (r + 1) * b)
+            close(loss[own].mean(), case["loss"][pick], 1e-10, what="loss")
+            close(u, case["u"][pick].squeeze(-1), 1e-10, what="u")
+            # the backward pass of the original's gather keeps the gradient of the rank's own loss
+            grads = torch.autograd.grad(loss[own].mean(), (h1, h2), retain_graph=True)
+            for name, g in zip(("grad_h1", "grad_h2"), grads, strict=True):
+                close(g[own], case[name][pick], 1e-10, atol=1e-12, what=name)
+
+
+# ------------------------------------------------------------------ evaluation, schedules, captions
+
+
+@clip_cases("retrieval", "retrieval_uneven")
+def test_clip_retrieval(case):
+    """Recalls in percent; and those of scores of which all but the 8 best are -100."""
+    img, txt, owner = case["in_img"], case["in_txt"], case["in_txt2img"]
+    found, _ = sogclr_clip.retrieval(img, txt, torch.arange(len(img)), owner, block=7 * len(txt))
+    for ours, theirs in (("TR", "txt_r"), ("IR", "img_r")):
+        for k in (1, 5, 10):
+            assert abs(found[f"{ours}@{k}"] - case.get(f"{theirs}{k}")) < 1e-9
+        assert abs(found[f"{ours} mean"] - case.get(f"{theirs}_mean")) < 1e-9
+    assert abs(found["mean"] - case.get("r_mean")) < 1e-9
+    relevant = torch.arange(len(img))[:, None] == owner
+    expected = case["k8_metrics"]
+    for i, (S, right) in enumerate([(case["score_i2t_k8"], relevant),
+                                    (case["score_t2i_k8"], relevant.T)]):
+        best = S.masked_fill(~right, -math.inf).amax(1)
+        for j, k in enumerate((1, 5)):  # beyond 8 the ranks are arbitrary
+            hit = (sogclr_clip.first_hit(S, right) < k) & (best > -100)
+            assert abs(100 * hit.double().mean() - expected[3 * i + j]) < 1e-9
+
+
+@clip_cases("zeroshot")
+def test_zero_shot(case):
+    Z = sogclr_clip.class_weights(case["in_prompt_embeds"])
+    close(Z, case["class_weights_T"], 1e-10, what="class vectors")
+    ks = [int(k.removeprefix("zeroshot_top")) for k in case.arrays if k.startswith("zeroshot_top")]
+    logits = F.normalize(case["in_img"], dim=1) @ Z.T
+    for k, found in zip(ks, common.accuracy(logits, case["in_labels"], ks), strict=True):
+        assert abs(found / 100 - case.get(f"zeroshot_top{k}")) < 1e-12
+
+
+@clip_cases("lr_upstream", "lr_fork100k", "lr_short")
+def test_learning_rate(case):
+    hp = hyper(case)
+    n, epochs = int(hp["iters_per_epoch"]), int(hp["epochs"])
+
+    def rate(step):
+        return sogclr_clip.authors_rate(step, n, epochs, hp["lr"], int(hp["warmup_epochs"]),
+                                        hp["min_lr"], hp["warmup_lr"])
+
+    found = torch.tensor([rate(i) for i in range(n)], dtype=torch.float64)
+    close(found, case["epoch0_iter_lr"], 1e-12, what="epoch 0")
+    found = torch.tensor([rate((e + 1) * n) for e in range(epochs)], dtype=torch.float64)
+    close(found, case["lr_after_epoch"], 1e-12, what="later epochs")
+
+
+@clip_cases("caption")
+def test_caption_cleaner(case):
+    assert [sogclr_clip.clean(c, int(case.get("hp_max_words"))) for c in case["in"]] == case["out"]

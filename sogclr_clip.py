@@ -1,0 +1,1233 @@
+"""The SogCLR family on CLIP: SogCLR (Yuan, Wu, Qiu, Du, Zhang, Zhou, Yang, ICML 2022, arXiv
+2202.12387), iSogCLR (Qiu, Hu, Yuan, Zhou, Zhang, Yang, ICML 2023, arXiv 2305.11965), TempNet (Qiu,
+Guo, Xu, Zhao, Zhang, Yang, ICML 2024, arXiv 2404.04575), FastCLIP (Wei et al., arXiv 2407.01445);
+with CLIP (2103.00020), CyCLIP (2205.14459), VICReg (2105.04906) and SigLIP (2303.15343).
+
+An image is compared with all other texts of the DATA SET, a text with all other images: one
+number per anchor, u, estimates its denominator over time, so a small batch is not a small set of
+negatives. The labels E1 to E27 are those of this project: the papers' own could not be checked.
+
+    x_i, t_i unit features of pair i, S_ij = x_i . t_j, d_i = S_ii; B pairs; sg = stop-gradient
+    CLIP     L = 1/2 [ CE(S/tau) + CE(S^T/tau) ] (E1); CyCLIP adds symmetry (E2); VICReg (E3)
+    SogCLR   D_ij = S_ij - d_i, z = sg(D/tau) (E4); b <- max(b, max_j z_ij) (E5)
+             g_i = mean_{j != i} e^{z_ij} (E6); u <- (1 - gamma) u + gamma g_i (E7, logs E10)
+             w_ij = e^{z_ij} / (u_i + eps e^b_i) (E8, E11); L = mean_i mean_j w_ij D_ij (E9),
+             plus the same for texts: the gradient is that of tau log u, the value is not
+    iSogCLR  tau_i per sample: G_i = log u_i + rho - mean_j w_ij z_ij (E12),
+             v <- (1 - beta) v + beta clamp(G, -5, 5) (E13), tau <- clamp(tau - eta v) (E14)
+    TempNet  tau = f(feature) (E15 to E19), trained by sg(G) tau; v2: DRO on positives (E20)
+    onlineCLR: one global average (E21, E22)
+    hybrid   a bank of features as further negatives (E23a), decorrelation (E23b), difficulty (E23c)
+    InfoSogCLR: u + 1/(N - 1), the pair itself counts (E27); MINE (E24, E25) mixed in (E26)
+    FastCLIP v3: eps + u, one learnable tau; v1 = sogclr, v2 = isogclr with --gamma-schedule cosine
+
+Sees:   images and captions.
+State:  per image and per caption, float32: log u and b (8 bytes; the pairs sogclr, sogclr-dro,
+        isogclr*), tau and v (8 more: sogclr-dro, isogclr, isogclr-v2), a feature (4 D: hybrid).
+        2.9 M pairs: 46 MB or 93 MB. 400 M pairs: 6.4 GB or 12.8 GB on every rank; hybrid at
+        D = 512: 1.6 TB.
+Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of this rank, D width.
+        A loss sees one direction: its S is (b, B), this rank's anchors against the whole batch.
+
+    torchrun --standalone --nproc_per_node=2 sogclr_clip.py                  # demo on 2 CPU cores
+    torchrun --standalone --nproc_per_node=2 sogclr_clip.py --loss clip --out runs/clip
+    python sogclr_clip.py --recipe flickr8k --batch-size 32                  # real images, CPU
+    torchrun --nproc_per_node=2 sogclr_clip.py --recipe cc3m --data-dir DIR --loss isogclr
+    torchrun --nproc_per_node=8 sogclr_clip.py --recipe fastclip-cc3m --data-dir DIR
+    python sogclr_clip.py --evaluate runs/sogclr_clip-demo-seed0/checkpoint.pt
+    python sogclr_clip.py --evaluate openclip:ViT-B-32/openai --dataset captions --test-file F.json
+"""
+import argparse
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+# ---------------------------------------------------------------------------------- recipes
+
+# [V] read in the authors' code, [F] an argument file of a course that used it, [R] recalled from
+# the literature, [K] chosen for this project
+SMALL = dict(  # [K]; no colour jitter: captions name colours
+    optimizer="adamw", weight_decay=0.1, schedule="cosine", crop=[0.5, 1.0], jitter=[0, 0, 0, 0],
+    gray=0.0, knn_every=1)
+CC3M = dict(  # [V] clip.py; towers: see README, the original had ResNet-50 and DistilBERT
+    dataset="captions", train_file="clip_train/cc3m_train_new.json",
+    test_file="clip_train/coco_val_new.json", image_root=["cc3m", "coco"], model="RN50",
+    image_size=256, epochs=30, batch_size=512, optimizer="adamw", lr=2e-4, weight_decay=0.02,
+    schedule="authors", warmup=20, tau=0.01, crop=[0.5, 1.0], jitter=[0, 0, 0, 0], gray=0.0,
+    amp="auto", channels_last=True, knn_every=1)
+RECIPES = {
+    "demo": dict(  # built-in synthetic shapes
+        SMALL, dataset="shapes", model="tiny-resnet", epochs=20, batch_size=128, lr=2e-3,
+        warmup=60, tau=0.05, mask_repeats=True),
+    "flickr8k": dict(  # every image 20 times = every caption 4 times
+        SMALL, dataset="captions", train_file="flickr8k/train.json",
+        test_file="flickr8k/test_retrieval.json", image_root=["flickr8k/images"],
+        model="tiny-resnet", image_size=32, epochs=4, batch_size=256, lr=1e-3, warmup=100,
+        tau=0.05, mask_repeats=True),
+    "cc3m": CC3M,
+    "cc3m-100k": dict(  # the layout of the HybridSogCLR course project; [F] batch
+        CC3M, train_file="clip_train/cc3m_train_subset.json",
+        test_file="clip_train/coco_val.json", batch_size=128,
+        image_root=["datasets/cc3m_subset_100k", "datasets/mscoco_val/mscoco_val2014_subset_5k"]),
+    "fastclip-cc3m": dict(  # [R]; not built: the lower rate of tau below 0.03
+        CC3M, loss="fastclip", image_size=224, epochs=37, batch_size=1024, lr=1e-3,
+        weight_decay=0.1, schedule="cosine", warmup=10000, tau=0.07, gamma=0.2, rho=6.5,
+        tau_lr=2e-4),
+}
+# Flags of each loss and their defaults; a flag that a loss does not use is refused.
+EMA = dict(gamma=0.8, gamma_schedule="constant")  # [V]
+STEP = dict(eta_schedule="const", tau=0.01)  # [V]
+LOSSES = {
+    "clip": dict(tau=0.01, learn_tau="none", tau_bounds=(0.001, 0.5), tau_lr=None),  # [V]
+    "cyclip": dict(tau=0.01, learn_tau="none", tau_bounds=(0.001, 0.5), tau_lr=None),  # [V]
+    "vicreg": dict(),
+    "sogclr": dict(EMA, tau=0.01, eps=1e-8),  # [V]
+    "sogclr-dro": dict(EMA, **STEP, eps=1e-10, rho=6.0, eta=0.03, beta=0.9,
+                       tau_bounds=(0.005, 1.0)),  # [V] their script; without it rho 8, eta 0.001
+    "isogclr": dict(EMA, **STEP, eps=1e-14, rho=8.0, eta=1e-5, beta=0.5,  # eta, beta: hard-coded
+                    tau_bounds=(0.005, 0.05)),  # [V], [F] rho; with eta 0.03 tau jumps to a bound
+    "isogclr-tempnet": dict(EMA, eps=1e-14, rho=8.0, tau_bounds=(0.005, 0.05), tau_lr=1e-6),  # [F]
+    "isogclr-v1": dict(EMA, rho=6.0, tau_bounds=(0.005, 1.0), tau_lr=1e-6),  # [V], [F] rate
+    "isogclr-v2": dict(EMA, **STEP, eps=1e-8, rho=6.0, eta=0.01, beta=0.9,
+                       tau_bounds=(0.005, 1.0)),  # [V]
+    "onlineclr": dict(EMA, tau=0.01),  # [V]
+    "sogclr-mine": dict(EMA, tau=0.01, lambda_mi=0.0),  # [K]
+    "hybrid": dict(EMA, tau=0.01),  # [V]
+    "siglip": dict(tau_lr=None),
+    "fastclip": dict(gamma=0.2, gamma_schedule="cosine", tau=0.07, eps=1e-14, rho=6.5,  # [R]
+                     tau_bounds=(0.001, 0.5), tau_lr=None),  # [K] bounds
+}
+NAMES = {"sogclr_dro": "sogclr-dro", "isogclr_new": "isogclr", "isogclr_new_v1": "isogclr-v1",
+         "isogclr_new_v2": "isogclr-v2", "sogclr_mine": "sogclr-mine"}  # of the original
+TINY = {  # towers for a CPU, built by open_clip's own classes
+    "tiny-resnet": dict(
+        embed_dim=128, vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=16,
+                                       head_width=32),
+        text_cfg=dict(context_length=20, vocab_size=49408, width=32, heads=1, layers=1)),
+    "tiny-vit": dict(
+        embed_dim=64, vision_cfg=dict(image_size=32, layers=2, width=64, head_width=32,
+                                      patch_size=8),
+        text_cfg=dict(context_length=20, vocab_size=49408, width=32, heads=1, layers=1)),
+}
+
+# ---------------------------------------------------------------------------------- loss
+
+# One direction each: `own` (b,) int64 is the column of an anchor's own pair, `negative` (b, B) its
+# negatives; log_u (-inf: never seen), b, tau are per anchor. gamma: a number, or (b,), 1 where u is
+# not known. Losses are scalars, means over the b anchors; new values of the state, and G, come
+# without gradient.
+
+
+def log_(x):
+    """log of a number, -inf for 0."""
+    return math.log(x) if x > 0 else -math.inf
+
+
+def negatives(own, B, same=None):
+    """Mask (b, B) bool of the negatives: neither the own pair nor `same` (b, B), its repeats.
+
+    Raises: ValueError for fewer than two pairs, or a row without a negative.
+    """
+    if B < 2:
+        raise ValueError("a batch of 1 has no negatives: at least 2 pairs are needed")
+    negative = torch.ones(len(own), B, dtype=torch.bool, device=own.device)
+    negative.scatter_(1, own[:, None], False)
+    if same is not None:
+        negative &= ~same
+        if not negative.any(1).all():
+            raise ValueError("a pair of the batch has no negative: all others repeat it")
+    return negative
+
+
+def with_own(negative, own):
+    """Mask (b, B) of the negatives and the own pair."""
+    return negative.scatter(1, own[:, None], True)
+
+
+def diagonal(S, own):
+    """d (b,): similarity of the own pairs."""
+    return S.gather(1, own[:, None])[:, 0]
+
+
+def difference(S, own):
+    """D_ij = S_ij - d_i (E4), (b, B)."""
+    return S - diagonal(S, own)[:, None]
+
+
+def log_average(log_old, log_new, gamma):
+    """log of (1 - gamma) old + gamma new (E10)."""
+    gamma = torch.as_tensor(gamma, dtype=log_new.dtype, device=log_new.device)
+    return torch.logaddexp(torch.log(1 - gamma) + log_old, torch.log(gamma) + log_new)
+
+
+def log_mean(z, terms, n):
+    """log g (b,): log of 1/n times the sum of e^z over `terms` (E6)."""
+    return z.masked_fill(~terms, -math.inf).logsumexp(1) - n.log()
+
+
+def weighted(V, z, log_den, terms, n):
+    """1/n sum_j w_ij V_ij and 1/n sum_j w_ij z_ij, (b,) each; w = e^{z - log_den} (E8)."""
+    w = torch.exp(z - log_den[:, None]).masked_fill(~terms, 0) / n[:, None]
+    return (w * V).sum(1), (w * z).sum(1)
+
+
+def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=None):
+    """What the losses with u have in common.
+
+    Args: V (b, B) what is weighted, with gradient; z (b, B); floor: log of what is added to u, a
+    number or (b,); terms: what is in the sums, the negatives by default. n counts negatives.
+    Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij.
+    """
+    n, terms = negative.sum(1).to(z.dtype), negative if terms is None else terms
+    log_u = log_average(log_u, log_mean(z, terms, n), gamma)  # E6, E7 as E10
+    log_den = add(log_u, torch.as_tensor(floor, dtype=z.dtype, device=z.device))  # E11
+    L, mean_z = weighted(V, z, log_den, terms, n)  # E8
+    return L.mean(), log_u, log_den, mean_z  # E9
+
+
+def clip(S, own, negative, tau, reduction="mean"):
+    """Cross-entropy of the own pair in its row (E1); CLIP is the mean of both directions.
+
+    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none".
+    """
+    # differs from the released code: there tau of row i divides column i ("personalized")
+    logits = (S / tau).masked_fill(~with_own(negative, own), -math.inf)
+    return F.cross_entropy(logits, own, reduction=reduction)
+
+
+def cyclip(S_I, S_T, R_I, R_T, inside=0.25, cross=0.25):
+    """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries, both directions at once.
+
+    Args: (b, B) each: image-text, text-image, image-image, text-text similarities of this rank.
+    """
+    b = len(S_I)
+    return (inside * (R_I - R_T).square().sum() + cross * (S_I - S_T).square().sum()) / b
+
+
+def decorrelation(Z):
+    """1/D sum_{k != l} C_kl^2 of the unbiased covariance of Z (B, D) (E3, E23b)."""
+    Z = Z - Z.mean(0)
+    C = Z.T @ Z / (len(Z) - 1)
+    return (C.square().sum() - C.diagonal().square().sum()) / Z.shape[1]
+
+
+def vicreg(Z_I, Z_T, sim=25.0, std=25.0, cov=1.0):
+    """VICReg (E3) of the raw features (B, D) of the global batch."""
+    spread = [F.relu(1 - torch.sqrt(Z.var(0) + 1e-4)).mean() / 2 for Z in (Z_I, Z_T)]
+    return (sim * F.mse_loss(Z_I, Z_T) + std * sum(spread)
+            + cov * (decorrelation(Z_I) + decorrelation(Z_T)))
+
+
+def sogclr(D, negative, log_u, b, tau, gamma, eps=1e-8):
+    """SogCLR (E4 to E11); D from `difference`. eps: the floor is eps e^b, and may be 0.
+
+    Returns: L, log_u, b.
+    """
+    z = D.detach() / tau  # E4
+    b = torch.maximum(b, z.amax(1))  # E5
+    L, log_u, *_ = estimate(D, z, log_u, gamma, negative, log_(eps) + b)
+    return L, log_u, b
+
+
+def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
+    """iSogCLR as first released: the pair itself is in the sum, but n = B - 1.
+
+    Returns: L, log_u, b, G.
+    """
+    z = D.detach() / tau[:, None]
+    b = torch.maximum(b, z.amax(1))
+    L, log_u, _, mean_z = estimate(D, z, log_u, gamma, negative, log_(eps) + b,
+                                   terms=with_own(negative, own))
+    return L, log_u, b, log_u + rho - mean_z  # E12
+
+
+def isogclr(D, negative, log_u, b, tau, gamma, rho, eps=1e-14):
+    """iSogCLR with stored temperatures, or those of a network. Returns: L, log_u, b, G.
+
+    As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G.
+    """
+    z = D.detach() / tau[:, None]
+    b = torch.maximum(b, z.amax(1))
+    floor = log_(eps) - negative.sum(1).to(z.dtype).log() + b
+    L, log_u, log_den, mean_z = estimate(D, z, log_u, gamma, negative, floor, torch.maximum)
+    return L, log_u, b, log_den + rho - mean_z  # E12
+
+
+def isogclr_v1(S, own, negative, log_u, tau, gamma, rho):
+    """The variant that does not subtract d: z = S/tau, no eps. Returns: L, log_u, G."""
+    z = S.detach() / tau[:, None]
+    L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, -math.inf)
+    return L - diagonal(S, own).mean(), log_u, log_u + rho - mean_z
+
+
+def isogclr_v2(S, own, negative, log_u, b, log_r, tau, gamma, rho, lambd=1.0, eps=1e-8):
+    """The variant with DRO on the positives too (E20). Returns: L, log_u, b, G.
+
+    log_r: log of r e^b_pos after this step, the average of what `positives` gives.
+    """
+    z, d = S.detach() / tau[:, None], diagonal(S, own)
+    b = torch.maximum(b, z.amax(1))
+    L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, log_(eps) + b)
+    w = torch.exp(-2 * d.detach() / lambd - log_r)  # e^{a - b_pos} / r
+    return L - (w * d).mean(), log_u, b, log_u + rho - mean_z  # E20
+
+
+def positives(d, lambd=1.0):
+    """log mean e^a, a = -2 d / lambda, over the global batch d (B,) (E20)."""
+    return (-2 * d / lambd).logsumexp(0) - math.log(len(d))
+
+
+def temperature_step(tau, v, G, beta, eta, bounds, clamp=5.0):
+    """Momentum step of the per-sample temperatures: new tau, v (b,) (E13, E14)."""
+    v = (1 - beta) * v + beta * G.clamp(-clamp, clamp)  # E13
+    return (tau - eta * v).clamp(*bounds), v  # E14
+
+
+def online_sums(S, own, negative, tau):
+    """This rank's part of E21 (2,): log sum of e^{S/tau} over negatives, and of e^{-d/(10 tau)}."""
+    return torch.stack([(S / tau).masked_fill(~negative, -math.inf).logsumexp((0, 1)),
+                        (-diagonal(S, own) / (10 * tau)).logsumexp(0)])
+
+
+def onlineclr(S, own, negative, log_n, log_p, tau):
+    """onlineCLR (E22): sums, not means, hence B/b. log_n, log_p: the averages after this step."""
+    d = diagonal(S, own)
+    w = torch.exp(S.detach() / tau - log_n).masked_fill(~negative, 0)
+    w_p = torch.exp(-d.detach() / (10 * tau) - log_p)
+    return ((w * S).sum() - (w_p * d).sum()) * S.shape[1] / len(S)
+
+
+def info_sogclr(D, negative, log_u, tau, gamma, floor=0.0):
+    """InfoSogCLR. Derived here: nothing but the name of this loss is public.
+
+    InfoNCE over the data set has the pair itself in its denominator, 1 + (N - 1) u, so the floor
+    is 1/(N - 1) (E27), N the number of texts for an image; 0 is SogCLR without eps.
+    Returns: L, log_u.
+    """
+    return estimate(D, D.detach() / tau, log_u, gamma, negative, log_(floor))[:2]
+
+
+def mine(S, own, negative, log_v, tau):
+    """Half of L_mine (E25): Donsker-Varadhan, one normaliser v for all pairs. "mine" read as MINE:
+    derived here. log_v: the average of E24 after this step."""
+    n = negative.sum(1).to(S.dtype)
+    L, _ = weighted(S, S.detach() / tau, log_v.expand(len(S)), negative, n)
+    return (L - diagonal(S, own)).mean()
+
+
+def difficulty(S_I, S_T, own, negative, d, tau):
+    """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau) over the global d (B,).
+
+    Times B/b: the gradients of the ranks are averaged.
+    """
+    a = (-d.detach() / tau).softmax(0)[own]
+    ce = [clip(S, own, negative, tau, "none") for S in (S_I, S_T)]
+    return (a * (ce[0] + ce[1]) / 2).sum() * len(d) / len(own)
+
+
+def siglip(S, own, negative, s, c):
+    """SigLIP: -1/B sum_ij logsigmoid(y_ij (s S_ij + c)), y = 1 for the pair, else -1."""
+    y = torch.full_like(S, -1).scatter(1, own[:, None], 1)
+    terms = F.logsigmoid(y * (s * S + c)).masked_fill(~with_own(negative, own), 0)
+    return -terms.sum() / len(S)
+
+
+def fastclip(D, negative, log_u, tau, gamma, rho, eps=1e-14):
+    """FastCLIP: weights e^z / (eps + u). Returns: L, whose gradient is that of tau log(eps + u);
+    log_u; G (b,), whose means of both directions add up to the derivative of v3 in tau."""
+    L, log_u, log_den, mean_z = estimate(D, D.detach() / tau, log_u, gamma, negative, log_(eps))
+    return L, log_u, log_den + rho - mean_z
+
+
+def gamma_at(epoch, epochs, gamma, schedule):
+    """FastCLIP's schedule, epoch from 0: cosine from 1 to gamma in half of the epochs."""
+    if schedule == "constant":
+        return gamma
+    E = max(1, epochs // 2)
+    return gamma + (1 - gamma) * (1 + math.cos(math.pi * epoch / E)) / 2 if epoch < E else gamma
+
+
+def eta_at(epoch, epochs, eta, schedule, eta_min=1e-4):
+    """Step of the temperatures, epoch from 0 (E14); exp gives more than eta in epoch 0."""
+    if schedule == "cosine":
+        return eta_min + (eta - eta_min) * math.cos(math.pi / 2 * epoch / epochs)
+    return eta if schedule == "const" else (eta - eta_min) * 0.8 ** (epoch - 1) + eta_min
+
+
+# ---------------------------------------------------------------------------------- captions
+
+
+def clean(caption, words=30):
+    """The authors' caption cleaner."""
+    import re
+
+    caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
+    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+    return " ".join(caption.split(" ")[:words])
+
+
+class Shared:
+    """Decoded images (N_I, 3, H, W) of a table whose rows are captions: row r shows of[r]."""
+
+    def __init__(self, pixels, of):
+        self.pixels, self.of = pixels, of
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, rows):
+        return self.pixels[self.of[rows]]
+
+
+def first_rows(ids):
+    """The first row of every id, in order of the ids; ids (N,) int64."""
+    order = ids.argsort(stable=True)
+    return order[F.pad(ids[order].diff() > 0, (1, 0), value=True)]
+
+
+class Pairs:
+    """Captions of a table, whose rows are pairs; the ids are p (image) and q (caption, the row).
+
+    p (N,) int64 dense; text (N,) int64, equal for equal captions; tokens (N, L) int32, on the
+    device; captions (N), cleaned, and distinct, each once; images: a row of every image.
+    """
+
+    def __init__(self, table, tokenizer, device, prepare=clean):
+        if table.captions is None:
+            raise common.BadInput("the data set has no captions: use --dataset shapes or captions")
+        p = table.columns.get("image_id", torch.arange(len(table))).unique(return_inverse=True)[1]
+        self.captions, known = [prepare(c) for c in table.captions], {}
+        text = torch.tensor([known.setdefault(c, len(known)) for c in self.captions])
+        self.images, self.distinct = first_rows(p), list(known)
+        self.N_I, self.N_T = len(self.images), len(p)
+        self.crc = zlib.crc32("\n".join(self.captions).encode() + p.numpy().tobytes())
+        tokens = tokenize(tokenizer, self.captions)
+        self.p, self.text, self.tokens = p.to(device), text.to(device), tokens.to(device)
+
+
+def tokenize(tokenizer, captions):
+    """Captions to (N, L) int32, the width of the text tower; by blocks."""
+    return torch.cat([tokenizer(captions[i:i + 10000]).int()
+                      for i in range(0, len(captions), 10000)])
+
+
+def in_memory(data, table, limit=20000):
+    """Decode the images of a small table once, to 1.5 times the training size."""
+    if table.paths is None or len(rows := first_rows(table.columns["image_id"])) > limit:
+        return
+    some, side = table.select(rows), round(1.5 * data.args.image_size)
+    x = [x.byte() for x in data.still_batches(some, torch.arange(len(some)), side, True)]
+    of = table.columns["image_id"].unique(return_inverse=True)[1]
+    table.images = Shared(torch.cat(x), of.to(data.device))
+
+
+# ---------------------------------------------------------------------------------- model
+
+
+def towers(args):
+    """Network of open_clip and its tokenizer. Only a --pretrained tag needs a download."""
+    try:
+        import open_clip
+    except ImportError:
+        raise common.BadInput("open_clip is not installed: pip install open_clip_torch") from None
+    file = args.pretrained is not None and Path(args.pretrained).suffix in (".pt", ".pth", ".bin")
+    if args.model in TINY:
+        c = TINY[args.model]
+        vision = open_clip.CLIPVisionCfg(**dict(c["vision_cfg"], image_size=args.image_size))
+        clip = open_clip.CLIP(c["embed_dim"], vision, open_clip.CLIPTextCfg(**c["text_cfg"]))
+        tokenizer = open_clip.SimpleTokenizer(context_length=c["text_cfg"]["context_length"])
+    elif args.model not in open_clip.list_models():
+        raise common.BadInput(f"--model {args.model}: use {', '.join(TINY)} or a name of "
+                              "open_clip.list_models()")
+    else:
+        try:
+            clip = open_clip.create_model(args.model, None if file else args.pretrained,
+                                          force_image_size=args.image_size)
+            tokenizer = open_clip.get_tokenizer(args.model)
+        except Exception as error:  # of the network, the hub, torch.load
+            raise common.BadInput(f"--model {args.model}, weights {args.pretrained}: {error}"
+                                  ) from None
+    if file:  # a checkpoint of this file, or weights as open_clip saves them
+        weights = common.read_checkpoint(args.pretrained)
+        weights = weights.get("state", weights).get("model", weights.get("state_dict", weights))
+        try:
+            clip.load_state_dict({k.removeprefix("module.").removeprefix("clip."): v
+                                  for k, v in weights.items()})
+        except (RuntimeError, AttributeError) as error:
+            raise common.BadInput(f"{args.pretrained} does not fit --model {args.model}: "
+                                  f"{' '.join(str(error).split())[:200]}") from None
+    return clip, tokenizer
+
+
+class Towers(nn.Module):
+    """Both encoders: images (n, 3, S, S), tokens (n, L) to features (n, D), unit-norm or raw."""
+
+    def __init__(self, clip, unit=True):
+        super().__init__()
+        self.clip, self.unit = clip, unit
+        for name in ("logit_scale", "logit_bias"):  # the temperature is part of the loss here
+            if getattr(clip, name, None) is not None:
+                getattr(clip, name).requires_grad_(False)
+
+    def forward(self, images=None, tokens=None):
+        """Either, or both."""
+        out = [] if images is None else [self.clip.encode_image(images)]
+        out += [] if tokens is None else [self.clip.encode_text(tokens)]
+        out = [y if y.dtype == torch.float64 else y.float() for y in out]
+        return [F.normalize(y, dim=1) if self.unit else y for y in out]
+
+
+class TempNet(nn.Module):
+    """Temperature of a feature (E15 to E19): (n, D), without gradient, to (n,) in the bounds."""
+
+    def __init__(self, D, M, bounds, dropout=0.5):
+        super().__init__()
+        self.proj, self.linear_1 = nn.Linear(D, D), nn.Linear(M, 1)
+        self.prototypes = nn.Parameter(torch.randn(M, D))
+        self.scaler = nn.Parameter(torch.tensor(math.log(0.01)))
+        nn.init.ones_(self.linear_1.weight)
+        nn.init.zeros_(self.linear_1.bias)
+        self.bounds, self.dropout = bounds, dropout
+
+    def hidden(self, x):
+        """h before dropout (E15)."""
+        return torch.sigmoid(self.proj(x))
+
+    def forward(self, x, keep=None):
+        """keep (n, D) bool: the dropout mask, None in evaluation."""
+        h = self.hidden(x)
+        if keep is not None:
+            h = h * keep / (1 - self.dropout)
+        c = h @ F.normalize(self.prototypes, dim=1).T  # E16, (n, M)
+        q = (c / self.scaler.exp()).softmax(1)  # E17
+        r = self.linear_1((q - 1 / c.shape[1]) * c.sigmoid())[:, 0]  # E18
+        low, high = self.bounds
+        return low + (high - low) * r.sigmoid()  # E19
+
+
+class Table(nn.Module):
+    """State per id of one modality, as buffers (N, ...) in the checkpoint, equal on all ranks."""
+
+    def __init__(self, N, **initial):
+        super().__init__()
+        self.N = N
+        for name, value in initial.items():
+            self.register_buffer(name, torch.full((N,), float(value)))
+
+    def __getitem__(self, ids):
+        """The state of the ids (b,). Raises: IndexError for an id that is not in [0, N)."""
+        if (bad := ids[(ids < 0) | (ids >= self.N)]).numel():
+            raise IndexError(f"id {bad[0].item()} is not in [0, {self.N}), the ids of the data set")
+        return SimpleNamespace(**{name: x[ids] for name, x in self.named_buffers()})
+
+    @torch.no_grad()
+    def write(self, ids, values):
+        """New values (b, ...) of this rank's ids, taken over by all ranks. Where an id is more
+        than once in the global batch, its last row counts, as in the released code on a CPU."""
+        ids = common.gather(ids)
+        last = len(ids) - 1 - first_rows(ids.flip(0))
+        for name, value in values.items():
+            getattr(self, name)[ids[last]] = common.gather(value.detach())[last].to(
+                getattr(self, name).dtype)
+
+
+class Objective(nn.Module):
+    """All of a loss but the towers: per-sample state, learnable temperature, and one step.
+
+    The parameters are in no DDP: `average_gradients` makes their gradients those of one process.
+    """
+
+    def __init__(self, args, pairs, D):
+        super().__init__()
+        self.args, loss = args, args.loss
+        self.about = dict(images=pairs.N_I, captions=pairs.N_T, crc=pairs.crc)
+        start = {}
+        if "gamma" in LOSSES[loss] and loss != "onlineclr":
+            start["log_u"] = -math.inf
+        if "eps" in LOSSES[loss] and loss != "fastclip":
+            start["b"] = 0
+        if "eta" in LOSSES[loss]:
+            start.update(tau=args.tau, v=0)
+        self.I, self.T = Table(pairs.N_I, **start), Table(pairs.N_T, **start)
+        for name in {"onlineclr": ["log_n", "log_p"], "sogclr-mine": ["log_v"],
+                     "isogclr-v2": ["log_r"]}.get(loss, []):
+            self.register_buffer(name, torch.tensor(-math.inf))
+        if loss == "hybrid":
+            for table in (self.I, self.T):
+                table.register_buffer("bank", torch.zeros(table.N, D))
+        if loss in ("isogclr-tempnet", "isogclr-v1"):
+            M = 256 if loss == "isogclr-tempnet" else 64
+            self.net_I, self.net_T = (TempNet(D, M, args.tau_bounds) for _ in "IT")
+        if loss == "siglip":
+            self.log_s, self.c = (nn.Parameter(torch.tensor(x)) for x in (math.log(10.0), -10.0))
+        if loss == "fastclip" or args.learn_tau == "global":
+            self.tau = nn.Parameter(torch.tensor(args.tau))
+        if args.learn_tau == "sample":
+            self.tau_I, self.tau_T = (nn.Parameter(torch.full((N,), args.tau))
+                                      for N in (pairs.N_I, pairs.N_T))
+
+    def get_extra_state(self):
+        """Which data the ids mean."""
+        return self.about
+
+    def set_extra_state(self, state):
+        """Raises: ValueError for the state of other data, whose ids mean something else."""
+        if state != self.about:
+            raise ValueError(f"its tables belong to other data: {state}, here {self.about}")
+
+    def forward(self, x, t, p, q, own, step, epoch, same=None):
+        """Loss of this rank's pairs and what to log.
+
+        Args: x, t (b, D) features; p, q (b,) ids; own (b,) rows in the global batch; step; epoch
+        from 0; same (b, B) mask of repeats, or None.
+        `update` writes the new state, once the loss is known to be finite.
+        """
+        args, loss = self.args, self.args.loss
+        X, Y = common.gather(x), common.gather(t)  # (B, D), with gradient
+        try:
+            negative = negatives(own, len(X), same)
+        except ValueError as error:
+            raise common.RunFailed(f"step {step}: {error}; use a larger --batch-size",
+                                   alone=True) from None
+        S_I, S_T = x @ Y.T, t @ X.T  # (b, B) each: this rank's rows and columns of S
+        self.pending, self.scalars = [], {}
+        if loss == "vicreg":
+            return vicreg(X, Y), {}
+        if loss == "siglip":
+            s = self.log_s.exp()
+            return siglip(S_I, own, negative, s, self.c), dict(tau=1 / s.item())
+        if loss in ("clip", "cyclip"):
+            tau_I = tau_T = self.tau if args.learn_tau == "global" else torch.tensor(args.tau)
+            if args.learn_tau == "sample":
+                tau_I, tau_T = self.tau_I[p][:, None], self.tau_T[q][:, None]
+            L = (clip(S_I, own, negative, tau_I) + clip(S_T, own, negative, tau_T)) / 2
+            if loss == "cyclip":
+                L = L + cyclip(S_I, S_T, x @ X.T, t @ Y.T)
+            return L, dict(tau=tau_I.mean().item())
+        gamma = gamma_at(epoch, args.epochs, args.gamma, args.gamma_schedule)
+        self.averages(S_I, own, negative, gamma, epoch)
+        stats = dict(gamma=gamma)
+        sides = [SimpleNamespace(
+            name=name, f=f, ids=ids, S=S, own=own, negative=negative, step=step, epoch=epoch,
+            gamma=gamma, table=table, other=other, other_ids=others)
+            for name, f, ids, S, table, other, others in (
+                ("I", x, p, S_I, self.I, self.T, q), ("T", t, q, S_T, self.T, self.I, p))]
+        if loss == "hybrid":
+            return self.hybrid(*sides, X, Y)
+        L = 0.0
+        for side in sides:
+            part, values = self.direction(side)
+            L = L + part
+            stats.update({f"{k}_{side.name}": v.mean().item() for k, v in values.items()
+                          if k != "b"})
+        if loss == "sogclr-mine":  # estimates of the mutual information in nats, not bounds
+            stats["mi_gcl"] = -(stats["log_u_I"] + stats["log_u_T"]) / 2
+            stats["mi_dv"] = (diagonal(S_I, own).mean() / args.tau
+                              - self.scalars["log_v"]).item()
+        return L, stats
+
+    @torch.no_grad()
+    def averages(self, S, own, negative, gamma, epoch):
+        """New values of what is one average for the whole data set, from all ranks' rows."""
+        tau, loss = self.args.tau, self.args.loss
+        if loss == "onlineclr":
+            n, p = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0)
+            new = dict(log_n=n + math.log(2), log_p=p + math.log(2))  # E21
+        elif loss == "sogclr-mine":
+            g = common.gather(log_mean(S / tau, negative, negative.sum(1).to(S.dtype)))  # (B,)
+            new = dict(log_v=g.logsumexp(0) - math.log(len(g)))  # E24
+        elif loss == "isogclr-v2":
+            new = dict(log_r=positives(common.gather(diagonal(S, own))))
+        else:
+            return
+        for name, value in new.items():
+            old = getattr(self, name)
+            first = loss != "onlineclr" and (epoch == 0 or old == -math.inf)
+            self.scalars[name] = log_average(old, value, 1.0 if first else gamma)
+
+    def direction(self, side):
+        """Loss of one direction, and the new values of its anchors' state."""
+        args, loss, own, negative = self.args, self.args.loss, side.own, side.negative
+        if loss == "onlineclr":
+            return onlineclr(side.S, own, negative, **self.scalars, tau=args.tau), {}
+        old, new, S, D = side.table[side.ids], {}, side.S, difference(side.S, own)
+        tau = args.tau
+        u = dict(log_u=old.log_u, gamma=self.first_visit(old.log_u, side.epoch, side.gamma))
+        if "b" in vars(old):
+            u.update(b=old.b, eps=args.eps)
+        if loss == "sogclr":
+            L, new["log_u"], new["b"] = sogclr(D, negative, tau=args.tau, **u)
+        elif loss == "sogclr-mine":
+            L, new["log_u"] = info_sogclr(D, negative, tau=args.tau, **u,
+                                          floor=1 / max(1, side.other.N - 1))
+            if args.lambda_mi > 0:
+                L = (1 - args.lambda_mi) * L + args.lambda_mi * mine(
+                    S, own, negative, self.scalars["log_v"], args.tau)  # E26
+        elif loss == "fastclip":
+            tau = self.tau.detach()
+            L, new["log_u"], G = fastclip(D, negative, tau=tau, rho=args.rho, eps=args.eps, **u)
+            L = L + G.mean() * self.tau  # G has no gradient
+        else:  # a temperature per sample, stored or from a network
+            net = getattr(self, f"net_{side.name}", None)
+            tau = old.tau if net is None else self.predict(net, side)
+            u.update(tau=tau.detach(), rho=args.rho)
+            if loss == "sogclr-dro":
+                L, new["log_u"], new["b"], G = sogclr_dro(D, own, negative, **u)
+            elif loss == "isogclr-v1":
+                L, new["log_u"], G = isogclr_v1(S, own, negative, **u)
+            elif loss == "isogclr-v2":
+                L, new["log_u"], new["b"], G = isogclr_v2(S, own, negative, **u, **self.scalars)
+            else:
+                L, new["log_u"], new["b"], G = isogclr(D, negative, **u)
+            if net is not None:
+                L = L + (G * tau).mean()  # only this trains the network; G is not clipped
+            else:
+                eta = eta_at(side.epoch, args.epochs, args.eta, args.eta_schedule)
+                new["tau"], new["v"] = temperature_step(
+                    tau, old.v, G, args.beta, eta, args.tau_bounds,
+                    math.inf if loss == "isogclr-v2" else 5.0)
+        self.pending.append((side.table, side.ids, new))
+        shown = dict(tau=tau.detach()) if torch.is_tensor(tau) else {}  # of this step
+        return L, {**new, **shown}
+
+    def predict(self, net, side):
+        """tau (b,) of a network; its first prototypes are features of the first batch."""
+        f = side.f.detach()
+        if side.step == 0:
+            with torch.no_grad():
+                h = net.hidden(common.gather(f))[:len(net.prototypes)]
+                net.prototypes[:len(h)] = h
+        draw = torch.rand(self.args.batch_size, f.shape[1], generator=common.generator(
+            self.args.seed, side.step, f"dropout {side.name}"))
+        return net(f, (draw >= net.dropout).to(f.device)[side.own])
+
+    def hybrid(self, I, T, X, Y):
+        """HybridSogCLR as intended (E23a-c). The reading of its mathematics is this project's:
+        the released code computes something else, and on most steps nothing."""
+        own, negative = I.own, I.negative
+        with torch.no_grad():  # unbiased std of all B^2 similarities
+            B, D = X.shape
+            mean = common.total(I.S.sum()) / B ** 2
+            std = (common.total((I.S - mean).square().sum()) / (B ** 2 - 1)).sqrt()
+            tau = self.args.tau * (1 + std.tanh())
+        base = 0.0
+        for side in (I, T):
+            old = side.table[side.ids]
+            rows = self.bank_rows(side.other, common.gather(side.other_ids), side.step)
+            S = torch.cat([side.S, side.f @ side.other.bank[rows].T], 1)  # (b, B + K)
+            mask = torch.cat([negative, negative.new_ones(len(S), len(rows))], 1)
+            L, log_u = info_sogclr(difference(S, own), mask, old.log_u, tau,
+                                   self.first_visit(old.log_u, side.epoch, side.gamma))  # E23a
+            base = base + L
+            bank = bank_row(old.bank, side.f.detach(), old.log_u > -math.inf, 0.5)
+            self.pending.append((side.table, side.ids, dict(log_u=log_u, bank=bank)))
+        cov = decorrelation(D ** 0.5 * X) + decorrelation(D ** 0.5 * Y)  # E23b
+        d = common.gather(diagonal(I.S.detach(), own))
+        diff = difficulty(I.S, T.S, own, negative, d, tau)  # E23c
+        # 0.1 tau: base is in units of similarity, diff in nats
+        return base + 0.1 * cov + 0.1 * tau * diff, dict(
+            tau=tau.item(), base=base.item(), cov=cov.item(), diff=diff.item())
+
+    def bank_rows(self, table, batch, step, K=1024):
+        """At most K random rows of a bank that were seen, and are not in this batch."""
+        drawn = torch.arange(table.N)
+        if table.N > K:
+            drawn = torch.randint(table.N, (K,), generator=common.generator(
+                self.args.seed, step, "bank")).unique()
+        drawn = drawn.to(batch.device)
+        return drawn[(table.log_u[drawn] > -math.inf) & ~torch.isin(drawn, batch)]
+
+    @staticmethod
+    def first_visit(log_u, epoch, gamma):
+        """gamma per row: 1 in epoch 0, and where u is not known yet."""
+        # differs from the released code: there a first visit later on gives u = gamma g
+        return torch.full_like(log_u, 1.0 if epoch == 0 else gamma).masked_fill_(
+            log_u == -math.inf, 1.0)
+
+    @torch.no_grad()
+    def clamp(self):
+        """Keep learnable temperatures in their bounds, before every forward pass."""
+        for name in ("tau", "tau_I", "tau_T"):
+            if name in self._parameters:
+                getattr(self, name).clamp_(*self.args.tau_bounds)
+
+    @torch.no_grad()
+    def update(self):
+        """Write the state of the last forward pass, equally on all ranks."""
+        for table, ids, values in self.pending:
+            table.write(ids, values)
+        for name, value in self.scalars.items():
+            getattr(self, name).copy_(value)
+
+    def average_gradients(self):
+        """Mean over the ranks, as DDP does for the towers."""
+        for parameter in self.parameters() if common.world() > 1 else ():
+            common.total(parameter.grad).div_(common.world())
+
+
+def bank_row(row, f, seen, m):
+    """The feature f (b, D) itself where a row is new, else normalise(m row + (1 - m) f)."""
+    return torch.where(seen[:, None], F.normalize(m * row + (1 - m) * f, dim=1), f)
+
+
+def optimizer(args, model, objective):
+    """AdamW (or SGD); no weight decay for vectors, biases and temperatures."""
+    towers = [p for p in model.named_parameters() if p[1].requires_grad]
+    small = [name.endswith(".bias") or p.ndim < 2 for name, p in towers]
+    nets = [p for n, p in objective.named_parameters() if n.startswith("net_")]
+    scale = 1.0 if args.tau_lr is None else args.tau_lr / args.lr
+    groups = [
+        dict(params=[p for (_, p), s in zip(towers, small, strict=True) if not s], scale=1.0),
+        dict(params=[p for (_, p), s in zip(towers, small, strict=True) if s], weight_decay=0.0,
+             scale=1.0),
+        dict(params=nets, weight_decay=1e-3, scale=scale),  # [F]
+        dict(params=[p for n, p in objective.named_parameters() if not n.startswith("net_")],
+             weight_decay=0.0, scale=scale)]
+    groups = [g for g in groups if g["params"]]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov,
+                               weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+def first_hit(S, relevant):
+    """Place (Q,) from 0 of the best relevant column of each row; of equal scores the lower column
+    comes first. Args: S (Q, N) finite; relevant (Q, N) bool, at least one a row."""
+    best = S.masked_fill(~relevant, -math.inf).amax(1, keepdim=True)
+    hit = ((S == best) & relevant).int().argmax(1, keepdim=True)
+    before = torch.arange(S.shape[1], device=S.device) < hit
+    return (S > best).sum(1) + ((S == best) & before).sum(1)
+
+
+def recall(rank, relevant, N, name, ks=(1, 5, 10)):
+    """R@k in percent of the queries, their mean, and what a random order would give.
+
+    Args: rank (Q,) from `first_hit`; relevant (Q,) number of relevant among N.
+    """
+    counts = relevant.unique(return_counts=True)
+    result, chance = {}, {}
+    for k in (min(k, N) for k in ks):
+        result[f"{name}@{k}"] = 100 * (rank < k).double().mean().item()
+        chance[f"{name}@{k}"] = 100 * sum(
+            n * (1 - math.comb(N - m, k) / math.comb(N, k))
+            for m, n in zip(*(c.tolist() for c in counts), strict=True)) / len(rank)
+    for found in (result, chance):
+        found[f"{name} mean"] = sum(found.values()) / len(found)
+    return result, chance
+
+
+def retrieval(X, Y, image_group, text_group, block=2 ** 25):
+    """Image to text (TR) and text to image (IR), by blocks of similarities.
+
+    Args: X (n, D), Y (m, D) unit-norm; a text is right for an image if their groups are equal.
+    Returns: dict of percents, dict of the same for a random order.
+    """
+    if not (X.isfinite().all() and Y.isfinite().all()):
+        raise common.RunFailed("features to retrieve are not finite")
+    result, chance = {}, {}
+    for name, query, bank, a, b in (("TR", X, Y, image_group, text_group),
+                                    ("IR", Y, X, text_group, image_group)):
+        ranks, counts = [], []
+        for rows in torch.arange(len(query), device=X.device).split(max(1, block // len(bank))):
+            relevant = a[rows, None] == b
+            if not relevant.any(1).all():
+                raise common.BadInput("an image of the test set has no caption")
+            ranks.append(first_hit(query[rows] @ bank.T, relevant))
+            counts.append(relevant.sum(1))
+        for all_, new in zip((result, chance), recall(torch.cat(ranks), torch.cat(counts),
+                                                      len(bank), name), strict=True):
+            all_.update(new)
+    for found in (result, chance):
+        found["mean"] = (found["TR mean"] + found["IR mean"]) / 2
+    return result, chance
+
+
+def class_weights(prompts):
+    """Prompt features (C, templates, D) to unit class vectors (C, D): unit, mean, unit."""
+    return F.normalize(F.normalize(prompts, dim=2).mean(1), dim=1)
+
+
+@torch.no_grad()
+def encode(model, tokens, device, block=256):
+    """Unit features (n, D) of tokens (n, L); every rank computes all."""
+    was_training = model.training
+    model.eval()
+    Y = torch.cat([model(tokens=part.to(device))[0] for part in tokens.split(block)])
+    model.train(was_training)
+    return F.normalize(Y, dim=1)
+
+
+def prompts_of(args, table):
+    """Class names and templates (with {}) of the zero-shot classification."""
+    names, templates = table.classes[args.label], []
+    if args.dataset == "shapes":
+        templates = [f"a {s} {c} {{}} on a {b} background" for s in common.SIZES
+                     for c in common.COLOURS for b in common.PATTERNS]
+    if args.class_names == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES as names
+    elif args.class_names:
+        try:
+            lines = Path(args.class_names).read_text().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise common.BadInput(f"--class-names {args.class_names}: {error}") from None
+        names = [s.strip() for s in lines if s.strip() and "{}" not in s]
+        templates = [s.strip() for s in lines if "{}" in s] or templates
+    if len(names) != len(table.classes[args.label]):
+        raise common.BadInput(f"--class-names {args.class_names}: {len(names)} names for "
+                              f"{len(table.classes[args.label])} classes")
+    if not templates:
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        templates = [t("{}") for t in OPENAI_IMAGENET_TEMPLATES]
+    return names, templates
+
+
+def scores(model, tokenizer, data, pairs, prepare=clean):
+    """Retrieval (with captions) and zero-shot accuracy (with labels) on the test set.
+
+    Images are resized to a square for retrieval, cropped for classification, as the authors do.
+    Equal captions: in a set with image ids each caption asks for its own image, the usual protocol;
+    without (shapes) equal captions are one, and right for all images that have it.
+    Returns: dict of percents, dict of those by chance, and the features X, Y with their groups.
+    """
+    table, args, found, result, chance = data.test, data.args, None, {}, {}
+    square = "image_id" in table.columns
+    images = table.select(pairs.images) if pairs else table
+    X = common.features(model, data, images, square, pick=lambda out: out[0], unit=True)
+    if pairs:
+        texts = torch.arange(pairs.N_T) if square else first_rows(pairs.text.cpu())
+        groups = (torch.arange(len(X)), pairs.p.cpu()) if square else (
+            pairs.text.cpu()[pairs.images], pairs.text.cpu()[texts])
+        groups = [g.to(data.device) for g in groups]
+        Y = encode(model, pairs.tokens[texts.to(data.device)], data.device)
+        result, chance = retrieval(X, Y, *groups)
+        found = (X, Y, *groups, texts)
+    y = images.columns.get(args.label, torch.full((len(X),), -1)).to(data.device)
+    if table.classes.get(args.label) and (y >= 0).any():
+        names, templates = prompts_of(args, table)
+        texts = [prepare(t.format(c)) for c in names for t in templates]
+        Z = encode(model, tokenize(tokenizer, texts), data.device).unflatten(0, (len(names), -1))
+        logits = X[y >= 0] @ class_weights(Z).T
+        ks = (1, min(5, len(names)))
+        right = common.accuracy(logits, y[y >= 0], ks)
+        result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right, strict=True)})
+        chance.update({f"zero-shot top-{k}": 100 * k / len(names) for k in ks})
+    return result, chance, found
+
+
+def pyplot():
+    """matplotlib's, without a screen; None if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def retrieval_picture(path, data, pairs, found, seed, rows=5):
+    """PNG: images with their best captions, captions with their best images; green = right."""
+    if (plt := pyplot()) is None:
+        return
+    X, Y, image_group, text_group, texts = found
+    g = common.generator(seed, 0, "picture")
+    some = torch.randperm(len(X), generator=g)[:rows]
+    ask = torch.randperm(len(Y), generator=g)[:rows]
+    k_T, k_I = min(3, len(Y)), min(6, len(X))
+    best_T = common.top_k(X[some.to(X.device)], Y, k_T)[1].cpu()
+    best_I = common.top_k(Y[ask.to(X.device)], X, k_I)[1].cpu()
+    table, image_group, text_group = data.test, image_group.cpu(), text_group.cpu()
+
+    def pixels(images):
+        x = data.still_batches(table, pairs.images[images], data.args.image_size, True)
+        return torch.cat(list(x)).cpu().byte().permute(0, 2, 3, 1).numpy()
+
+    figure, axes = plt.subplots(2 * len(some), k_I, figsize=(2 * k_I, 4 * len(some)),
+                                squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, image in enumerate(pixels(some)):
+        axes[i, 0].imshow(image)
+        for j, text in enumerate(best_T[i].tolist()):
+            right = text_group[text] == image_group[some[i]]
+            axes[i, 1].text(0, 0.8 - 0.35 * j, pairs.captions[texts[text]],
+                            color="green" if right else "firebrick", fontsize=9)
+    for i, query in enumerate(ask.tolist()):
+        for axis, image, j in zip(axes[len(some) + i], pixels(best_I[i]), best_I[i].tolist()):
+            axis.imshow(image)
+            if image_group[j] == text_group[query]:
+                axis.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, lw=5, color="green",
+                                             transform=axis.transAxes))
+        axes[len(some) + i, 0].set_title(pairs.captions[texts[query]], fontsize=9, loc="left")
+    figure.suptitle("best captions of an image, best images of a caption; green: right" + (
+        " (synthetic)" if data.args.dataset == "shapes" else ""), fontsize=10)
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.01, top=0.95)
+    common.replace(Path(path), lambda file: figure.savefig(file, dpi=80, format="png"))
+    plt.close(figure)
+
+
+def tau_picture(path, objective, model, data, pairs):
+    """PNG: histogram of the temperatures of images and texts, where they have their own."""
+    if hasattr(objective, "net_I"):  # of the test set
+        X = common.features(model, data, data.test.select(pairs.images), True,
+                            pick=lambda out: out[0])
+        tau = objective.net_I(X), objective.net_T(encode(model, pairs.tokens, data.device))
+    elif hasattr(objective, "tau_I"):
+        tau = objective.tau_I, objective.tau_T
+    elif hasattr(objective.I, "tau"):
+        tau = objective.I.tau, objective.T.tau
+    else:
+        return
+    if common.rank() > 0 or (plt := pyplot()) is None:
+        return
+    tau = [x.detach().double().cpu() for x in tau]
+    edges = torch.cat(tau).min().item() * 0.99, torch.cat(tau).max().item() * 1.01
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    axis.hist([x.numpy() for x in tau], bins=40, range=edges, label=["images", "texts"])
+    axis.set(xlabel="tau", ylabel="samples", title=f"{data.args.loss}, {data.args.dataset}")
+    axis.legend()
+    figure.tight_layout()
+    common.replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def train(args):
+    """Train on this rank; see the docstring of the file."""
+    check(args)
+    if args.evaluate:
+        return evaluate(args)
+    device = common.setup(args)
+    data = common.load(args, device)
+    for table in (data.train, data.test):
+        in_memory(data, table)
+    clip, tokenizer = towers(args)
+    pairs, test = (Pairs(t, tokenizer, device) for t in (data.train, data.test))
+    model = Towers(clip, unit=args.loss != "vicreg").to(device, memory_format=common.layout(args))
+    D = encode(model, pairs.tokens[:1], device).shape[1]
+    objective = Objective(args, pairs, D).to(device)
+    network = common.ddp(model, args)
+    opt, scaler = optimizer(args, model, objective), common.scaler(args, device)
+    log = common.Log(args, data)
+    state = dict(model=model, objective=objective, optimizer=opt, scaler=scaler, log=log)
+    first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
+    spec = common.augmentation(args)
+
+    if first_step == 0:
+        common.say(f"{pairs.N_T} captions of {pairs.N_I} images, {len(pairs.distinct)} distinct; "
+                   f"test: {test.N_T} of {test.N_I}")
+        with log.pause():
+            log.write(step=0, **scores(model, tokenizer, data, test)[0])
+            common.views_picture(data, spec, f"{args.out}/views.png")
+            common.save(state, 0, args)
+
+    for batch in data.batches(first_step, steps, spec, views=1):
+        step, epoch = batch.step, batch.step // data.steps_per_epoch  # epoch from 0
+        images = common.augment(batch)[0]  # (b, 3, S, S)
+        own = batch.first + torch.arange(len(images), device=device)  # (b,)
+        objective.clamp()
+        with common.autocast(args, device):
+            x, t = network(images, pairs.tokens[batch.rows])  # (b, D) each
+        p, q = pairs.p[batch.rows], batch.rows
+        same = repeats(p, pairs.text[batch.rows]) if args.mask_repeats else None
+        loss, stats = objective(x, t, p, q, own, step, epoch, same)
+
+        lr = learning_rate(step, data.steps_per_epoch, args)
+        for group in opt.param_groups:
+            group["lr"] = lr * group["scale"]
+        opt.zero_grad(set_to_none=True)
+        value = common.finite(loss, step)  # all ranks stop together
+        objective.update()
+        scaler.scale(loss).backward()
+        objective.average_gradients()
+        scaler.step(opt)
+        scaler.update()
+        log(step, loss=value, lr=lr, **stats)
+
+        if data.end_of_epoch(step, every=args.knn_every):
+            with log.pause():
+                log.write(step=step + 1, **scores(model, tokenizer, data, test)[0])
+        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
+            common.save(state, step + 1, args)
+        if common.stopping():
+            break
+    finish(log, args, objective, model, tokenizer, data, test, first_step)
+
+
+def repeats(p, text):
+    """Mask (b, B) of pairs with the image, or the caption, of the anchor's own pair."""
+    return (p[:, None] == common.gather(p)) | (text[:, None] == common.gather(text))
+
+
+def finish(log, args, objective, model, tokenizer, data, test, first_step):
+    """Pictures and summary."""
+    lines = []
+    if not common.stopping():
+        result, chance, found = scores(model, tokenizer, data, test)
+        tau_picture(Path(args.out) / "tau.png", objective, model, data, test)
+    if not common.stopping() and common.rank() == 0:
+        retrieval_picture(f"{args.out}/retrieval.png", data, test, found, args.seed)
+        before = log.records()[0]
+        lines = [f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   "
+                 f"(chance {chance[name]:.2f} %)" for name, value in result.items()
+                 if name.endswith(("@1", "top-1", "mean"))]
+    lines += [f"  queries      {args.out}/retrieval.png",
+              f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"]
+    panels = [(name, name + " (%)") for name in ("mean", "zero-shot top-1")]
+    panels += [("tau", "tau"), ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")]
+    common.summary(log, args, f"{args.loss} on {args.dataset}, {args.model}, batch "
+                   f"{args.batch_size}", first_step, more=lines, panels=panels)
+
+
+def evaluate(args):
+    """--evaluate: the test set with a checkpoint of this file, or with one of open_clip's."""
+    given = {word.split("=")[0][2:].replace("-", "_") for word in args.argv if word[:2] == "--"}
+    published = args.evaluate.startswith("openclip:")
+    if published:
+        args.model, _, tag = args.evaluate.removeprefix("openclip:").partition("/")
+        args.pretrained = tag or None
+        folder = Path("runs") / f"openclip-{args.model}-{Path(tag).stem}"
+        args.image_size = args.image_size if "image_size" in given else None
+    else:
+        checkpoint, folder = common.read_checkpoint(args.evaluate), Path(args.evaluate).parent
+        if checkpoint.get("method") != args.method:
+            raise common.BadInput(f"{args.evaluate} is no checkpoint of {args.method}.py")
+        old, keep = checkpoint["args"], ["model", "loss", "image_size"]
+        if "dataset" not in given or args.dataset == old["dataset"]:
+            keep += ["dataset", "data_dir", "train_file", "test_file", "image_root", "classes",
+                     "label", "mean", "std"]
+        for name in set(keep) - given:
+            setattr(args, name, old[name])
+        args.pretrained = args.evaluate
+    args.batch_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = common.setup(args)
+    clip, tokenizer = towers(args)
+    if args.image_size is None:
+        size = clip.visual.image_size
+        args.image_size = size if isinstance(size, int) else size[0]
+    if published:
+        mean, std = common.MEAN_STD["captions"]
+        args.mean, args.std = args.mean or list(mean), args.std or list(std)
+    data = common.load(args, device)
+    model = Towers(clip).to(device)
+    prepare = str if published else clean  # what the texts of their training were
+    pairs = Pairs(data.test, tokenizer, device, prepare) if data.test.captions else None
+    result, chance, found = scores(model, tokenizer, data, pairs, prepare)
+    folder = Path(args.out) if "out" in given else folder
+    if common.rank() == 0:
+        text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,
+                               chance=chance, args=common.plain(args)), indent=1)
+        path = folder / f"evaluate-{args.dataset}.json"
+        common.replace(path, lambda file: file.write(text.encode()))
+        if found:
+            retrieval_picture(path.with_suffix(".png"), data, pairs, found, args.seed)
+        lines = [f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
+                 for name, value in result.items()]
+        common.say("\n".join([f"{args.evaluate} on {args.dataset}", *lines,
+                              f"  results            {path}"]))
+
+
+def authors_rate(step, steps_per_epoch, epochs, lr, warmup, floor=1e-5, start=1e-5):
+    """The authors' rule: in epoch 0 up to lr in `warmup` steps of 100 iterations, then a cosine
+    that is constant within an epoch."""
+    epoch, i = divmod(step, steps_per_epoch)
+    if epoch == 0:
+        k = min(max(i - 1, 0) // 100, warmup)
+        return start + k * (lr - start) / max(1, warmup)
+    return common.cosine_by_epoch(epoch, epochs, lr, floor)
+
+
+def learning_rate(step, steps_per_epoch, args):
+    """Rate of a step from --schedule: a pure function of the step."""
+    if args.schedule == "authors":
+        return authors_rate(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
+    return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, args.warmup)
+
+
+OWN = sorted({name for flags in LOSSES.values() for name in flags})
+
+
+def check(args):
+    """Defaults of the loss; BadInput for flags that do not go together."""
+    flags, written = LOSSES[args.loss], {w.split("=")[0] for w in args.argv}
+    for name in OWN:
+        flag = f"--{name.replace('_', '-')}"
+        if name not in flags and flag in written:
+            raise common.BadInput(f"{flag} is not used by --loss {args.loss}; it uses: "
+                                  f"{', '.join(flags) or 'none of them'}")
+        value = getattr(args, name) if name in flags else None
+        setattr(args, name, flags.get(name) if value is None else value)
+    if args.optimizer == "lars":
+        raise common.BadInput("--optimizer lars: use adamw or sgd")
+    if args.batch_size < 2 and not args.evaluate:
+        raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
+    if args.gamma is not None and not 0 < args.gamma <= 1:
+        raise common.BadInput(f"--gamma {args.gamma}: above 0, at most 1")
+    if args.lambda_mi is not None and not 0 <= args.lambda_mi <= 1:
+        raise common.BadInput(f"--lambda-mi {args.lambda_mi}: between 0 and 1")
+    for name in ("tau", "tau_lr", "eta", "beta"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise common.BadInput(f"--{name.replace('_', '-')} must be above 0")
+    if args.eps is not None and args.eps < 0:
+        raise common.BadInput("--eps must not be below 0")
+    if args.tau_bounds is not None:
+        low, high = args.tau_bounds
+        if not 0 < low < high:
+            raise common.BadInput(f"--tau-bounds {low} {high}: 0 < low < high")
+        if args.tau is not None and not low <= args.tau <= high and args.learn_tau != "none":
+            raise common.BadInput(f"--tau {args.tau} is not within --tau-bounds {low} {high}")
+
+
+def main(argv=None):
+    """Flags and start; `main([...])` runs in this process."""
+    parser = common.Parser("sogclr_clip", __doc__, RECIPES)
+    add = parser.add_argument_group("SogCLR on CLIP").add_argument
+    add("--loss", default="sogclr", type=lambda name: NAMES.get(name, name), choices=list(LOSSES))
+    add("--model", default="tiny-resnet", help=f"{', '.join(TINY)}, or any name of open_clip: "
+        "RN50, ViT-B-32, ...")
+    add("--pretrained", help="tag of open_clip (downloads), or a file of weights")
+    add("--tau", type=float, help="temperature, or where it begins")
+    add("--learn-tau", choices=["none", "global", "sample"], help="clip, cyclip: a parameter, or "
+        "one for each id")
+    add("--tau-bounds", type=float, nargs=2, help="of temperatures that are learnt")
+    add("--tau-lr", type=float, help="peak rate of learnable temperatures or their network")
+    add("--gamma", type=float, help="weight of the new value in u (E7)")
+    add("--gamma-schedule", choices=["constant", "cosine"], help="cosine: from 1 to --gamma in "
+        "half of the epochs (FastCLIP)")
+    add("--eps", type=float, help="floor of the denominator (E11)")
+    add("--rho", type=float, help="radius of the KL constraint (E12)")
+    add("--eta", type=float, help="step of the temperatures (E14)")
+    add("--eta-schedule", choices=["const", "cosine", "exp"])
+    add("--beta", type=float, help="weight of the new value in v (E13)")
+    add("--lambda-mi", type=float, help="share of the MINE loss in sogclr-mine (E26)")
+    add("--mask-repeats", action=argparse.BooleanOptionalAction, default=False,
+        help="pairs of the same image or caption are no negatives of each other")
+    add("--schedule", default="cosine", choices=["authors", "cosine"], help="authors: by epoch; "
+        "cosine: by iteration to 0 after --warmup steps")
+    add("--warmup", type=int, default=0, help="steps (cosine), or steps of 100 iterations")
+    add("--evaluate", metavar="CHECKPOINT", help="a checkpoint, or openclip:MODEL/TAG_OR_FILE: "
+        "retrieval and zero-shot on the test set, no training")
+    add("--class-names", metavar="FILE", help="zero-shot: names in the order of the classes, one "
+        "a line, and templates (lines with {}); or imagenet, open_clip's list")
+    common.run(train, parser, argv)
+
+
+if __name__ == "__main__":
+    main()
