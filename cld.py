@@ -461,7 +461,7 @@ def train(args):
             queue.enqueue(keys)
         if key is not None:  # with the weights after the step
             common.momentum_update(key, model, args.key_momentum)
-        log(step, loss=value, lr=lr, **means(parts))
+        log(step, loss=value, lr=lr, **common.means(parts))
 
         if data.end_of_epoch(step, every=args.knn_every):
             with log.pause():
@@ -528,30 +528,13 @@ def sampled(batch, view, n, args):
     return torch.cat([batch.rows[:, None], idx], 1)
 
 
-def means(values):
-    """Means over the ranks of a dict of scalar tensors, as floats."""
-    if not values:
-        return {}
-    sums = common.total(torch.stack([v.detach().double() for v in values.values()]))
-    return dict(zip(values, (sums / common.world()).tolist()))
-
-
-def infomin_rate(step, steps_per_epoch, epochs, lr, warmup=5, start=0.01):
-    """InfoMin's rate: by epoch a cosine to lr / 1000; in the warm-up epochs linear by step to the
-    value of the last of them."""
-    if step < warmup * steps_per_epoch:
-        end = common.cosine_by_epoch(warmup, epochs, lr, lr * 0.1 ** 3)
-        return start + (end - start) * step / (warmup * steps_per_epoch)
-    return common.cosine_by_epoch(step // steps_per_epoch + 1, epochs, lr, lr * 0.1 ** 3)
-
-
 def learning_rate(step, steps_per_epoch, args):
     """Rate of a step from --schedule: a pure function of the step."""
     warmup, epoch = args.warmup * steps_per_epoch, step // steps_per_epoch
     if args.schedule == "cosine-epoch":
         return common.cosine_by_epoch(epoch, args.epochs, args.lr)
     if args.schedule == "infomin":
-        return infomin_rate(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
+        return common.warmup_by_epoch(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
     if args.schedule == "steps" and step >= warmup:
         return common.steps_by_epoch(epoch + 1, args.milestones, args.lr)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, warmup,
@@ -560,15 +543,9 @@ def learning_rate(step, steps_per_epoch, args):
 
 def check(args):
     """BadInput for flags that do not go together, before anything is read."""
-    for flag in ("tau", "tau_cld", "dim", "iters", "k_eigen", "queue"):
-        if not getattr(args, flag) > 0:
-            raise common.BadInput(f"--{flag.replace('_', '-')} must be above 0")
-    for flag in ("lambda_cld", "nce", "warmup"):
-        if not (value := getattr(args, flag)) >= 0:
-            raise common.BadInput(f"--{flag.replace('_', '-')} {value}: must not be below 0")
-    for flag in ("bank_momentum", "key_momentum", "beta"):
-        if not 0 <= (value := getattr(args, flag)) <= 1:
-            raise common.BadInput(f"--{flag.replace('_', '-')} {value}: not in [0, 1]")
+    common.require(args, above=["tau", "tau_cld", "dim", "iters", "k_eigen", "queue"],
+                   least=["lambda_cld", "nce", "warmup"],
+                   share=["bank_momentum", "key_momentum", "beta"])
     if args.lambda_cld > 0 and args.k < 2:
         raise common.BadInput(f"--k {args.k} makes one group only, its loss is 0; at least 2, or "
                               "--lambda-cld 0")

@@ -515,9 +515,8 @@ def learning_rate(step, steps_per_epoch, args):
 
 def check(args):
     """BadInput for flags that do not go together, before anything is read."""
-    for flag in ("tau", "base_tau", "dim", "k", "kmeans_every"):
-        if not getattr(args, flag) > 0:
-            raise common.BadInput(f"--{flag.replace('_', '-')} must be above 0")
+    common.require(args, above=["tau", "base_tau", "dim", "k", "kmeans_every"],
+                   least=["warmup", "kmeans_warmup"])
     if args.clusters == "kmeans" and args.k < 2:
         raise common.BadInput("--k 1 makes one cluster only, no negatives")
     if args.hierarchy and not args.clusters.startswith("level_"):

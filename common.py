@@ -205,6 +205,26 @@ def finite(loss, step):
     return value / world()
 
 
+def means(values):
+    """Means over the ranks of a dict of scalar tensors, as floats."""
+    if not values:
+        return {}
+    sums = total(torch.stack([v.detach().double() for v in values.values()]))
+    return dict(zip(values, (sums / world()).tolist()))
+
+
+def all_finite(step, **features):
+    """RunFailed that names what is not finite in features (..., B, D) of the global batch: grouping
+    would make labels of them, and a loss may still be a number."""
+    for name, x in features.items():
+        bad = (~x.isfinite()).any(-1).flatten(0, -2).any(0)  # (B,)
+        if bad.any():
+            of_rank = bad.view(world(), -1).sum(1).tolist()
+            raise RunFailed(f"the output of {name} is not finite at step {step}, in {sum(of_rank)} "
+                            f"of {len(bad)} rows (those of each rank: {of_rank}); the last "
+                            "checkpoint is kept. A smaller --lr or --amp none may help")
+
+
 def stopping():
     """Whether the ranks agreed, at the last `finite`, to save and stop after this step."""
     return _signal["agreed"]
@@ -1463,6 +1483,16 @@ def cosine_by_epoch(epoch, epochs, lr, floor=0.0):
     return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * epoch / epochs))
 
 
+def warmup_by_epoch(step, steps_per_epoch, epochs, lr, warmup, start=0.01, rate=0.1):
+    """Rate of step (from 0): by epoch a cosine to lr rate^3; in the `warmup` epochs linear by step
+    from `start` to the value of the last of them (the authors' rule in InfoMin + CLD and RINCE)."""
+    floor = lr * rate ** 3
+    if step < warmup * steps_per_epoch:
+        end = cosine_by_epoch(warmup, epochs, lr, floor)
+        return start + (end - start) * step / (warmup * steps_per_epoch)
+    return cosine_by_epoch(step // steps_per_epoch + 1, epochs, lr, floor)
+
+
 def exp_by_epoch(epoch, lr, rate=0.95, floor=1e-5):
     """Rate of epoch (from 1): lr * rate^(epoch - 1), at least `floor`."""
     return max(lr * rate ** (epoch - 1), floor)
@@ -1729,21 +1759,26 @@ def summary(log, args, title, first_step, more=(), panels=()):
     say("\n".join(lines))
 
 
-def curves(log, args, more=()):
-    """Loss, learning rate, kNN accuracy and `more` (name, title) over the epochs as curves.png;
-    None without matplotlib."""
+def pyplot():
+    """matplotlib's, without a screen; None if it is not installed."""
     try:
         import matplotlib
     except ImportError:
         return None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
-    records = log.records()
+    return matplotlib.pyplot
+
+
+def curves(log, args, more=()):
+    """Loss, learning rate, kNN accuracy and `more` (name, title) over the epochs as curves.png;
+    None without matplotlib."""
+    plt, records = pyplot(), log.records()
     panels = [(k, label) for k, label in (("loss", "loss"), ("lr", "learning rate"),
                                           ("knn_top1", f"kNN top-1 on {args.label} (%)"), *more)
               if any(r.get(k) is not None for r in records)]
-    if not panels:
+    if plt is None or not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
@@ -1935,6 +1970,17 @@ def accuracy(logits, target, topk=(1,)):
 # ---------------------------------------------------------------------------------- flags
 
 
+def require(args, above=(), least=(), share=()):
+    """BadInput unless the named flags are above 0, at least 0, in [0, 1]; None is not looked at."""
+    for names, good, text in ((above, lambda x: x > 0, "above 0"),
+                              (least, lambda x: x >= 0, "at least 0"),
+                              (share, lambda x: 0 <= x <= 1, "in [0, 1]")):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not good(value):  # not: nan is not good either
+                raise BadInput(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all methods share; --recipe sets defaults, a flag overrides."""
 
@@ -2009,16 +2055,10 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         args.method, args.argv = self.method, argv
         args.out = args.out or f"runs/{args.method}-{args.recipe}-seed{args.seed}"
-        for flag in ("epochs", "batch_size", "image_size", "log_every", "knn_every", "save_every",
-                     "knn_k", "knn_t"):
-            if not getattr(args, flag) > 0:
-                raise BadInput(f"--{flag.replace('_', '-')} must be above 0")
-        for flag in ("seed", "threads", "workers", "lr", "momentum", "weight_decay"):
-            if not (value := getattr(args, flag)) >= 0:
-                raise BadInput(f"--{flag.replace('_', '-')} {value}: must not be below 0")
-        for flag in ("jitter_p", "gray", "blur", "solarize", "erase"):
-            if not 0 <= (value := getattr(args, flag)) <= 1:
-                raise BadInput(f"--{flag.replace('_', '-')} {value}: not a probability in [0, 1]")
+        require(args, above=["epochs", "batch_size", "image_size", "log_every", "knn_every",
+                             "save_every", "knn_k", "knn_t"],
+                least=["seed", "threads", "workers", "lr", "momentum", "weight_decay"],
+                share=["jitter_p", "gray", "blur", "solarize", "erase"])
         low, high = args.crop
         if not 0 < low <= high <= 1:
             raise BadInput(f"--crop {low} {high}: two shares of the area, 0 < low <= high <= 1")

@@ -292,13 +292,8 @@ def picture(path, args, scores, results):
 
     scores: set -> score -> (inliers, outliers). None without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    if (plt := common.pyplot()) is None:
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(2, len(scores), figsize=(4 * len(scores), 6.6), squeeze=False)
     for name, (top, bottom) in zip(scores, axes.T, strict=True):
         pair = scores[name]["gaussian"]
@@ -395,10 +390,7 @@ def check(args):
         if args.dataset != "shapes":
             raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
         args.outliers = ["unseen"]
-    if not (0 < args.ridge < math.inf):
-        raise common.BadInput(f"--ridge {args.ridge} must be above 0")
-    if args.k < 1 or args.bootstrap < 0:
-        raise common.BadInput("--k must be above 0 and --bootstrap not below 0")
+    common.require(args, above=["ridge", "k"], least=["bootstrap"])
 
 
 def main(argv=None):

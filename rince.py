@@ -52,16 +52,16 @@ import common
 # [R] the authors' repository (README commands and defaults; the paper's values could not be
 # checked), [K] chosen for this project, not tuned and not from the paper
 PAPER = dict(  # [R]
-    tau_min=0.1, tau_max=0.6, m=0.99, momentum=0.9, weight_decay=1e-4, schedule="cosine-epoch",
-    warmup=10, crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2)
+    tau_min=0.1, tau_max=0.6, key_momentum=0.99, momentum=0.9, weight_decay=1e-4,
+    schedule="cosine-epoch", warmup=10, crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2)
 SMALL = dict(  # optimiser and schedule of all methods' small runs; the method's own numbers are [R]
-    tau_min=0.1, tau_max=0.6, m=0.99, lr=0.5, momentum=0.9, nesterov=True, weight_decay=1e-4,
-    schedule="cosine", warmup=1, batch_size=256, channels_last=True,
+    tau_min=0.1, tau_max=0.6, key_momentum=0.99, lr=0.5, momentum=0.9, nesterov=True,
+    weight_decay=1e-4, schedule="cosine", warmup=1, batch_size=256, channels_last=True,
     queue=2048)                                     # [K] 8 batches, as 4096 is of 512
 RECIPES = {
     "demo": dict(  # ranks: shape x pattern, then shape
         SMALL, ranks=["label", "coarse"], epochs=20, crop=[0.5, 1.0],
-        queue=0, m=0.9),                            # [K] 320 steps are too few for an old queue
+        queue=0, key_momentum=0.9),                 # [K] 320 steps are too few for an old queue
     "c100-small": dict(  # the protocol that all methods share on a CPU
         SMALL, dataset="cifar100", limit_train=10000, epochs=15, ranks=["label", "coarse"],
         crop=[0.08, 1.0], knn_every=15),
@@ -375,7 +375,7 @@ def train(args):
         with common.autocast(args, device):
             a = network(x[0])  # (n, D)
             if args.loss != "ce":
-                common.momentum_update(key, model, args.m)  # E7
+                common.momentum_update(key, model, args.key_momentum)  # E7
                 keys = common.shuffled_keys(key, x[1], args.seed, step)  # (B, D) of all ranks
         if args.loss == "ce":
             loss = F.cross_entropy(a, y)
@@ -417,19 +417,10 @@ def train(args):
         f"  OOD test     python ood_eval.py --checkpoint {args.out}/checkpoint.pt{unseen}"])
 
 
-def paper_rate(step, steps_per_epoch, epochs, lr, warmup=10, rate=0.1):
-    """[R] by epoch: cosine to lr rate^3; first by iteration, from 0.01 to the rate of `warmup`."""
-    epoch, floor = step // steps_per_epoch + 1, lr * rate ** 3
-    if epoch > warmup:
-        return common.cosine_by_epoch(epoch, epochs, lr, floor)
-    end = common.cosine_by_epoch(warmup, epochs, lr, floor)
-    return 0.01 + (end - 0.01) * step / (warmup * steps_per_epoch)
-
-
 def learning_rate(step, steps_per_epoch, args):
     """Rate of a step from --schedule: a pure function of the step."""
     if args.schedule == "cosine-epoch":
-        return paper_rate(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
+        return common.warmup_by_epoch(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr,
                                 args.warmup * steps_per_epoch)
 
@@ -439,12 +430,9 @@ def check(args):
     if not 0 < args.tau_min <= args.tau_max:
         raise common.BadInput(f"--tau-min {args.tau_min} --tau-max {args.tau_max}: 0 < tau-min <= "
                               "tau-max must hold")
-    if not 0 <= args.m <= 1:
-        raise common.BadInput(f"--m {args.m} is not in [0, 1]")
+    common.require(args, above=["dim"], least=["warmup"], share=["key_momentum"])
     if not 0 <= args.min_prob < 1:
         raise common.BadInput(f"--min-prob {args.min_prob} is not in [0, 1)")
-    if args.dim < 1 or args.warmup < 0:
-        raise common.BadInput("--dim must be above 0 and --warmup not below 0")
     if args.queue < 0 or 0 < args.queue < args.batch_size and args.loss != "ce":
         raise common.BadInput(f"--queue {args.queue} holds less than the global batch of "
                               f"{args.batch_size} (0: no queue)")
@@ -482,7 +470,7 @@ def main(argv=None):
     add("--tau-max", type=float, default=0.6, help="temperature of similarity 0 (E2); equal to "
         "--tau-min: one for all ranks")
     add("--queue", type=int, default=4096, help="K, keys of the queue; 0: those of the batch")
-    add("--m", type=float, default=0.99, help="momentum of the key encoder (E7)")
+    add("--key-momentum", "--m", type=float, default=0.99, help="m of E7, of the key encoder")
     add("--dim", type=int, default=128, help="D, width of the embedding")
     add("--min-prob", type=float, default=1e-7, help="drop entries with pi <= this (E5), 0: none")
     add("--schedule", default="cosine-epoch", choices=["cosine-epoch", "cosine"],

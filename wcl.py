@@ -327,16 +327,8 @@ def graphs(model, data, spec, batches):
         with common.autocast(data.args, data.device):
             v = model(common.augment(batch))[1]
         V = common.gather(v, dim=1)
-        all_finite(batch.step, head2=V)
+        common.all_finite(batch.step, head2=V)
         yield common.gather(batch.rows), shared_labels(v, V, batch.first)
-
-
-def all_finite(step, **features):
-    """RunFailed that names the head whose features of the global batch are not finite."""
-    for name, x in features.items():
-        if not x.isfinite().all():
-            raise common.RunFailed(f"the output of {name} is not finite at step {step}; the last "
-                                   "checkpoint is kept. A smaller --lr or --amp none may help")
 
 
 # ---------------------------------------------------------------------------------- training
@@ -382,11 +374,11 @@ def train(args):
             z, v = network([view for part in (x, *crops) for view in part])  # (2 + C, b, D)
         z, zc = z.split([2, args.crops])
         Z, V, y, about = common.gather(z, dim=1), None, None, {}  # (2, B, D)
-        all_finite(step, head1=Z)
+        common.all_finite(step, head1=Z)
         if args.beta > 0:
             v, vc = v.split([2, args.crops])
             V = common.gather(v.detach(), dim=1)  # (2, B, D), no gradient to any key
-            all_finite(step, head2=V)
+            common.all_finite(step, head2=V)
             y = shared_labels(v, V, batch.first)  # (2, B): E2, E3
             about = worth(y, common.gather(batch.rows), label, step, args)
         found = wcl_loss(z, v, Z, V, y, batch.first, args.tau, args.alpha, args.beta)  # E6
@@ -405,8 +397,7 @@ def train(args):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        means = common.total(torch.stack([x.detach() for x in found.values()])) / common.world()
-        log(step, loss=value, lr=lr, **dict(zip(found, means.tolist(), strict=True)), **about)
+        log(step, loss=value, lr=lr, **common.means(found), **about)
 
         if data.end_of_epoch(step, every=args.knn_every):
             with log.pause():
@@ -535,12 +526,8 @@ def check(args):
     if args.batch_size < 2:
         raise common.BadInput(f"--batch-size {args.batch_size}: WCL needs a global batch of at "
                               "least 2, an image needs a neighbour")
-    for flag in ("tau", "alpha", "hidden", "dim", "crop_k"):
-        if not getattr(args, flag) > 0:
-            raise common.BadInput(f"--{flag.replace('_', '-')} must be above 0")
-    for flag in ("beta", "gamma", "delta", "crops", "warmup", "weak_epochs"):
-        if not (getattr(args, flag) or 0) >= 0:
-            raise common.BadInput(f"--{flag.replace('_', '-')} must not be below 0")
+    common.require(args, above=["tau", "alpha", "hidden", "dim", "crop_k"],
+                   least=["beta", "gamma", "delta", "crops", "warmup", "weak_epochs"])
     if args.warmup >= args.epochs:
         raise common.BadInput(f"--warmup {args.warmup} must be shorter than --epochs {args.epochs}")
     if (args.weak_epochs or 0) > args.epochs:

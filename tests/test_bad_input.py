@@ -52,6 +52,8 @@ def refused(refused_by):
     (["--tau", "0"], ["--tau must be above 0"]),
     (["--tau", "-0.1"], ["--tau must be above 0"]),
     (["--tau", "nan"], ["--tau must be above 0"]),
+    (["--warmup", "-1"], ["--warmup must be at least 0, got -1"]),
+    (["--kmeans-warmup", "-2"], ["--kmeans-warmup must be at least 0, got -2"]),
     (["--base-tau", "0"], ["--base-tau must be above 0"]),
     (["--k", "0"], ["--k must be above 0"]),
     (["--clusters", "kmeans", "--k", "65"], ["--k 65 needs at least 65 images, found 64"]),
@@ -72,8 +74,8 @@ def refused(refused_by):
     (["--dual", "--clusters", "instance"], ["--dual goes with --clusters kmeans"]),
     (["--loss", "ce", "--clusters", "kmeans"], ["--loss ce needs --clusters with a column"]),
     # values that torch or numpy would refuse later, with a traceback
-    (["--gray", "1.5"], ["--gray 1.5"]),
-    (["--jitter-p", "-0.1"], ["--jitter-p -0.1"]),
+    (["--gray", "1.5"], ["--gray must be in [0, 1], got 1.5"]),
+    (["--jitter-p", "-0.1"], ["--jitter-p must be in [0, 1], got -0.1"]),
     (["--jitter", "0.4", "0.4", "0.4", "0.9"], ["--jitter", "0.9"]),
     (["--crop", "0.8", "0.2"], ["--crop 0.8 0.2"]),
     (["--crop", "0", "1"], ["--crop 0.0 1.0"]),
@@ -82,9 +84,9 @@ def refused(refused_by):
     (["--weight-decay", "-1"], ["--weight-decay"]),
     (["--momentum", "-0.9"], ["--momentum"]),
     (["--momentum", "0", "--nesterov"], ["--nesterov"]),
-    (["--seed", "-1"], ["--seed -1"]),
-    (["--threads", "-1"], ["--threads -1"]),
-    (["--workers", "-1"], ["--workers -1"]),
+    (["--seed", "-1"], ["--seed must be at least 0, got -1"]),
+    (["--threads", "-1"], ["--threads must be at least 0, got -1"]),
+    (["--workers", "-1"], ["--workers must be at least 0, got -1"]),
 ])
 def test_flags(refused, argv, words):
     refused([*SHAPES, *argv], *words)

@@ -1548,9 +1548,9 @@ def test_cld_lr(case):
         flags = dict(schedule="infomin", warmup=case.get("warm_epochs"))
     if "warmup_from" in case:
         start = case.get("warmup_from")
-        ours = [cld.infomin_rate(s, iters, E, base, flags["warmup"], start)
+        ours = [common.warmup_by_epoch(s, iters, E, base, flags["warmup"], start)
                 for s in range(E * iters)]
-        close(ours, expected, what="infomin_rate")
+        close(ours, expected, what="warmup_by_epoch")
         if start != 0.01:  # what --schedule infomin has
             return
     if "multiplier" in case:
@@ -1901,7 +1901,7 @@ def test_rince_rates(case):
           1e-12)
     given = case["iter_lr_epochs_1_to_11"]  # (11, iterations)
     warmup = 10 if warm else 0
-    close([rince.paper_rate(step, iterations, epochs, lr, warmup, rate)
+    close([common.warmup_by_epoch(step, iterations, epochs, lr, warmup, rate=rate)
            for step in range(given.numel())], given.flatten(), 1e-12)
 
 

@@ -325,8 +325,8 @@ NONE = [*MACHINE, "--checkpoint", "none"]
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--ridge", "0"], ["--ridge 0.0 must be above 0"]),
-    (["--ridge", "nan"], ["--ridge nan"]),
+    (["--ridge", "0"], ["--ridge must be above 0, got 0.0"]),
+    (["--ridge", "nan"], ["--ridge must be above 0, got nan"]),
     (["--k", "0"], ["--k must be above 0"]),
     (["--k", "241"], ["--k 241: there are 240 training images"]),
     (["--bootstrap", "-1"], ["--bootstrap"]),

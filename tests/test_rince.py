@@ -239,7 +239,7 @@ TRAININGS = {
     "in": ["--loss", "rince-in", "--rank2-positives", "cumulative"],
     "uni": ["--loss", "rince-uni", "--queue", "40"],
     "in-batch": ["--loss", "rince-out", "--queue", "0"],
-    "uni-in-batch": ["--loss", "rince-uni", "--queue", "0", "--m", "0.5"],
+    "uni-in-batch": ["--loss", "rince-uni", "--queue", "0", "--key-momentum", "0.5"],
     "superclass": ["--loss", "scl-superclass", "--queue", "24"],
     "ce": ["--loss", "ce"],
 }
@@ -399,7 +399,7 @@ def plain_training(more, uni=None):
         a = f_q(x[0])
         with torch.no_grad():
             for k, q in zip(f_k.parameters(), f_q.parameters()):
-                k.copy_(args.m * k + (1 - args.m) * q)
+                k.copy_(args.key_momentum * k + (1 - args.key_momentum) * q)
             p = f_k(x[1])
         terms = {1: [], 2: []}
         for n in range(B):
@@ -431,7 +431,7 @@ def plain_training(more, uni=None):
 @pytest.mark.parametrize("name", ["out-in", "in-batch", "uni"])
 def test_training_is_the_plain_one(tmp_path, name):
     """Order of the step, the queue's labels, which keys are candidates, what is drawn."""
-    more = {"out-in": ["--queue", "24"], "in-batch": ["--queue", "0", "--m", "0.9"],
+    more = {"out-in": ["--queue", "24"], "in-batch": ["--queue", "0", "--key-momentum", "0.9"],
             "uni": ["--loss", "rince-uni", "--queue", "0"]}[name]
 
     def uni(step, n, i, many):
@@ -498,7 +498,7 @@ def chain(tmp_path):
 OTHERS = [["--loss", "rince-out"], ["--loss", "scl-out"], ["--loss", "scl-in"],
           ["--loss", "scl-superclass"], ["--loss", "ce"], ["--loss", "rince-in"],
           ["--loss", "rince-uni"], ["--rank2-positives", "cumulative"], ["--min-prob", "0.01"],
-          ["--tau-max", "0.9"], ["--m", "0.5"], ["--queue", "0"], ["--similarity", "FILE",
+          ["--tau-max", "0.9"], ["--key-momentum", "0.5"], ["--queue", "0"], ["--similarity", "FILE",
                                                                   "--ranks", "label"]]
 
 
@@ -595,8 +595,8 @@ TINY = [*BASE, "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--
     (["--tau-min", "0"], ["--tau-min 0.0", "0 < tau-min <= tau-max"]),
     (["--tau-min", "0.7"], ["--tau-min 0.7 --tau-max 0.6"]),
     (["--tau-max", "nan"], ["--tau-max nan"]),
-    (["--m", "1.01"], ["--m 1.01"]),
-    (["--m", "-0.1"], ["--m -0.1"]),
+    (["--key-momentum", "1.01"], ["--key-momentum must be in [0, 1], got 1.01"]),
+    (["--m", "-0.1"], ["--key-momentum must be in [0, 1], got -0.1"]),
     (["--min-prob", "1"], ["--min-prob 1.0"]),
     (["--dim", "0"], ["--dim"]),
     (["--warmup", "-1"], ["--warmup"]),

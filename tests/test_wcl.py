@@ -361,7 +361,7 @@ def case_not_finite(folder):
     if common.rank() == common.world() - 1:
         x[1, 2, 0] = float("nan")
     try:
-        wcl.all_finite(5, head1=common.gather(torch.ones_like(x), dim=1),
+        common.all_finite(5, head1=common.gather(torch.ones_like(x), dim=1),
                        head2=common.gather(x, dim=1))
     except common.RunFailed as error:
         return str(error)
@@ -662,18 +662,18 @@ def test_torchrun(tmp_path):
     (["--batch-size", "1"], ["--batch-size 1", "global batch of at least 2"]),
     (["--warmup", "2"], ["--warmup 2 must be shorter than --epochs 2"]),
     (["--warmup", "10"], ["--warmup 10 must be shorter than --epochs 2"]),
-    (["--warmup", "-1"], ["--warmup must not be below 0"]),
+    (["--warmup", "-1"], ["--warmup must be at least 0"]),
     (["--weak-epochs", "3"], ["--weak-epochs 3", "2 epochs"]),
-    (["--weak-epochs", "-1"], ["--weak-epochs must not be below 0"]),
+    (["--weak-epochs", "-1"], ["--weak-epochs must be at least 0"]),
     (["--weak-crop", "0", "1"], ["--weak-crop 0.0 1.0"]),
     (["--weak-jitter", "0.4", "0.4", "0.4", "0.6"], ["--weak-jitter", "0.6"]),
     (["--tau", "0"], ["--tau must be above 0"]),
     (["--tau", "nan"], ["--tau must be above 0"]),
     (["--alpha", "0"], ["--alpha must be above 0"]),
-    (["--beta", "-1"], ["--beta must not be below 0"]),
-    (["--beta", "nan"], ["--beta must not be below 0"]),
-    (["--gamma", "-1"], ["--gamma must not be below 0"]),
-    (["--crops", "-1"], ["--crops must not be below 0"]),
+    (["--beta", "-1"], ["--beta must be at least 0"]),
+    (["--beta", "nan"], ["--beta must be at least 0"]),
+    (["--gamma", "-1"], ["--gamma must be at least 0"]),
+    (["--crops", "-1"], ["--crops must be at least 0"]),
     (["--crop-k", "0"], ["--crop-k must be above 0"]),
     (["--beta", "0", "--crops", "2"], ["--beta 0 has no weak labels", "--crops"]),
     (["--beta", "0", "--picture"], ["--beta 0 has no weak labels", "--picture"]),

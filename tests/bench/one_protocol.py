@@ -1,15 +1,17 @@
 """The README's tables under one protocol: train, evaluate, collect; resumable, row by row.
 
-    python tests/bench/one_protocol.py c100 --data-dir data        # CIFAR-100
+    python tests/bench/one_protocol.py c100 --data-dir data        # CIFAR-100, all methods
     python tests/bench/one_protocol.py fashion --data-dir data     # fashion attributes
     python tests/bench/one_protocol.py shapes-views                # synthetic, correlated images
     python tests/bench/one_protocol.py c100 --only SupCon          # one row
 
-Every row is `METHOD.py FLAGS --seed S` and then `linear_eval.py` on its last checkpoint. A finished
-run or evaluation is not repeated. Logs and evaluations go to results/SET/, the table of the rows
-that are done (mean and standard deviation over the seeds) to results/SET.csv and results/SET.md.
-Rows that a set lists under `ood` have `ood_eval.py` too, and a table of their own, SET-ood.
-Each run has one thread, so that --jobs 2 does not change what a run computes.
+Every row is `METHOD.py FLAGS --seed S`, then `linear_eval.py` and, where the set has outliers,
+`ood_eval.py` on its last checkpoint. A finished run or evaluation is not repeated. Logs and
+evaluations go to results/SET/, the table of the rows that are done (mean and standard deviation
+over the seeds) to results/NAME.csv, .md and .png (NAME: one_protocol for c100, else SET). CPU
+seconds an epoch and peak memory (resident, MB) are from the logs, bytes of state an image from the
+checkpoint of a training on 600 images. Each run has one thread, so that --jobs 2 does not change
+what a run computes.
 """
 import argparse
 import csv
@@ -21,53 +23,54 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 C100 = "clinfonce.py --recipe c100-small --clusters"
 C100_WCL = "wcl.py --recipe c100-small --beta"
 RINCE = "rince.py --recipe c100-small --loss"
-BATCH = "--queue 0 --m 0.9"  # as in the demo on shapes; these rows came after the others
+BATCH = "--queue 0 --key-momentum 0.9"  # as in the demo on shapes; these rows came after the others
 FASHION = "clinfonce.py --recipe fashion --clusters"
 CLD = "cld.py --recipe"
+# [S] of cifar100-moco, but keys that follow within ten steps: the run has 585 in all
+MOCO = f"{CLD} c100-small --base moco --head normlinear --tau 0.07 --queue 1024 --key-momentum 0.9"
 NO_CATEGORY = "gender baseColour season year usage"
 SETS = {  # rows: name, labels that it saw, training command (None: the untrained network)
     "c100": dict(
+        name="one_protocol",
         untrained="--dataset cifar100 --limit-train 10000",
-        evaluation="--retrieval-labels coarse",
-        columns={"kNN": "knn.top1", "linear": "probe.top1", "R@1 coarse": "retrieval.coarse.R@1"},
+        eval="--retrieval-labels coarse",
+        ood="--bootstrap 200 --outliers cifar10=cifar10_test.npz "
+            "tinyimagenet=ood_tinyimagenet_val_32.npz gtsrb=ood_gtsrb_test_32.npz "
+            "dtd=ood_dtd_part_32.npz",
+        columns={"kNN": "knn.top1", "linear": "probe.top1", "R@1 fine": "retrieval.label.R@1",
+                 "R@1 coarse": "retrieval.coarse.R@1",
+                 "TinyImageNet": "tinyimagenet.gaussian.AUROC", "GTSRB": "gtsrb.gaussian.AUROC",
+                 "DTD": "dtd.gaussian.AUROC", "CIFAR-10": "cifar10.gaussian.AUROC"},
         rows=[("untrained", "none", None),
               ("InfoNCE (instance)", "none", f"{C100} instance"),
               ("Cl-InfoNCE, K-means", "none", f"{C100} kmeans"),
-              ("Cl-InfoNCE, coarse", "20 coarse classes", f"{C100} coarse"),
-              ("SupCon (fine)", "100 fine classes", f"{C100} label"),
               ("NPID", "none", f"{CLD} c100-small --lambda-cld 0"),
               ("NPID + CLD", "none", f"{CLD} c100-small"),
+              ("MoCo", "none", f"{MOCO} --lambda-cld 0"),
+              ("MoCo + CLD", "none", f"{MOCO} --lambda-cld 0.25 --k 100"),
               ("SimCLR (WCL, beta 0)", "none", f"{C100_WCL} 0"),
               ("WCL", "none", f"{C100_WCL} 1"),
-              ("RINCE-out-in", "fine, coarse", f"{RINCE} rince-out-in"),
-              ("RINCE-out", "fine, coarse", f"{RINCE} rince-out"),
-              ("SCL-out", "100 fine classes", f"{RINCE} scl-out"),
-              ("SCL-superclass", "20 coarse classes", f"{RINCE} scl-superclass"),
-              ("cross-entropy", "100 fine classes", f"{RINCE} ce"),
+              ("Cl-InfoNCE, coarse", "coarse", f"{C100} coarse"),
+              ("SCL-superclass, no queue", "coarse", f"{RINCE} scl-superclass {BATCH}"),
               ("RINCE-out-in, no queue", "fine, coarse", f"{RINCE} rince-out-in {BATCH}"),
               ("RINCE-out, no queue", "fine, coarse", f"{RINCE} rince-out {BATCH}"),
-              ("SCL-out, no queue", "100 fine classes", f"{RINCE} scl-out {BATCH}"),
-              ("SCL-superclass, no queue", "20 coarse classes", f"{RINCE} scl-superclass {BATCH}")],
-        ood=dict(
-            rows=["untrained", "RINCE-out-in", "RINCE-out", "SCL-out", "SCL-superclass",
-                  "cross-entropy", "RINCE-out-in, no queue", "RINCE-out, no queue",
-                  "SCL-out, no queue", "SCL-superclass, no queue"],
-            evaluation="--bootstrap 200 --outliers cifar10=cifar10_test.npz "
-                       "tinyimagenet=ood_tinyimagenet_val_32.npz gtsrb=ood_gtsrb_test_32.npz "
-                       "dtd=ood_dtd_part_32.npz",
-            columns={"linear": "probe.top1", "R@1 fine": "retrieval.label.R@1",
-                     "R@1 coarse": "retrieval.coarse.R@1",
-                     "CIFAR-10": "cifar10.gaussian.AUROC",
-                     "TinyImageNet": "tinyimagenet.gaussian.AUROC",
-                     "GTSRB": "gtsrb.gaussian.AUROC", "DTD": "dtd.gaussian.AUROC"})),
+              ("SCL-out, no queue", "fine", f"{RINCE} scl-out {BATCH}"),
+              ("SupCon (fine)", "fine", f"{C100} label"),
+              ("cross-entropy", "fine", f"{RINCE} ce"),
+              ("RINCE-out-in", "fine, coarse", f"{RINCE} rince-out-in"),
+              ("RINCE-out", "fine, coarse", f"{RINCE} rince-out"),
+              ("SCL-out", "fine", f"{RINCE} scl-out"),
+              ("SCL-superclass", "coarse", f"{RINCE} scl-superclass")]),
     "fashion": dict(
         untrained="--dataset npz --train-file fashion_attributes_96.npz --image-size 64 "
                   "--label articleType",
-        evaluation="--min-per-class 20",
+        eval="--min-per-class 20",
         columns={"kNN": "knn.top1", "linear": "probe.top1", "R@1": "retrieval.articleType.R@1"},
         rows=[("untrained", "none", None),
               ("InfoNCE (instance)", "none", f"{FASHION} instance"),
@@ -76,12 +79,15 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
                f"{FASHION} attributes:5 --attributes {NO_CATEGORY}")]),
     "shapes-views": dict(
         untrained="--dataset shapes-views --knn-t 0.1",
-        evaluation="",
+        eval="",
         columns={"kNN": "knn.top1", "linear": "probe.top1"},
         rows=[("untrained", "none", None),
               ("NPID", "none", f"{CLD} demo --lambda-cld 0"),
               ("NPID + CLD", "none", f"{CLD} demo")]),
 }
+
+
+SCRIPTS = {"eval": "linear_eval.py", "ood": "ood_eval.py"}
 
 
 def slug(row):
@@ -93,25 +99,40 @@ def work(args, row, seed):
     """One row with one seed: train, evaluate, keep log and evaluations under results/."""
     spec, name = SETS[args.set], f"{slug(row)}-{seed}"
     folder, keep = Path("runs") / args.set / name, ROOT / "results" / args.set
-    scripts = {"eval": ["linear_eval.py", spec["evaluation"]]}
-    if row[0] in spec.get("ood", dict(rows=[]))["rows"]:
-        scripts["ood"] = ["ood_eval.py", spec["ood"]["evaluation"]]
-    for kind, (script, flags) in scripts.items():
+    shared = ["--data-dir", args.data_dir, "--threads", "1", "--device", args.device]
+    keep.mkdir(parents=True, exist_ok=True)
+    for kind, script in SCRIPTS.items():
         target = keep / f"{name}.{kind}.json"
-        if target.exists():
+        if kind not in spec or target.exists():
             continue
-        keep.mkdir(parents=True, exist_ok=True)
-        shared = ["--data-dir", args.data_dir, "--threads", "1", "--device", args.device]
         if row[2] is None:
             weights = ["none", *spec["untrained"].split(), "--seed", str(seed)]
         else:
             weights = [str(folder / "checkpoint.pt")]
             python([*row[2].split(), "--seed", str(seed), *shared, "--out", str(folder)], folder)
             shutil.copy(ROOT / folder / "log.jsonl", keep / f"{name}.jsonl")
-        python([script, "--checkpoint", *weights, *flags.split(), *shared,
+        python([script, "--checkpoint", *weights, *spec[kind].split(), *shared,
                 "--out", str(folder / f"{kind}.json")], folder)
         shutil.copy(ROOT / folder / f"{kind}.json", target)
         print(f"{args.set}: {row[0]}, seed {seed}: {kind} done", flush=True)
+    target = keep / f"{slug(row)}.state.json"
+    if seed == args.seeds[0] and row[2] and not target.exists():
+        folder = folder.with_name(f"{slug(row)}-state")
+        python([*row[2].split(), *shared, "--out", str(folder), "--limit-train", "600",
+                "--epochs", "1"], folder)
+        target.write_text(json.dumps(state_bytes(ROOT / folder / "checkpoint.pt", 600)))
+
+
+def state_bytes(path, N):
+    """Bytes an image of what a checkpoint keeps for each of its N images: name -> bytes."""
+    found, todo = {}, [("", torch.load(path, weights_only=True)["state"])]
+    while todo:
+        name, part = todo.pop()
+        if isinstance(part, dict):
+            todo += [(f"{name}.{key}".strip("."), value) for key, value in part.items()]
+        elif torch.is_tensor(part) and part.ndim and len(part) == N:
+            found[name] = part.numel() * part.element_size() // N
+    return found
 
 
 def python(words, folder):
@@ -129,31 +150,84 @@ def look_up(record, path):
     return record
 
 
-def write_table(args, name, rows, columns, kinds):
-    """The table of the rows that are done, from their evaluations of some kinds."""
-    lines = [["row", "labels seen", *columns, "CPU seconds"]]
-    for row in rows:
-        kept = [[ROOT / "results" / args.set / f"{slug(row)}-{seed}.{kind}.json" for kind in kinds]
-                for seed in args.seeds]
-        if not all(path.exists() for paths in kept for path in paths):
+def table(args, spec):
+    """The rows that are done, from their logs and evaluations: dicts of (values of the seeds)."""
+    keep, done = ROOT / "results" / args.set, {}
+    for row in spec["rows"]:
+        paths = [[keep / f"{slug(row)}-{seed}.{kind}.json" for kind in SCRIPTS if kind in spec]
+                 for seed in args.seeds]
+        if not all(path.exists() for some in paths for path in some):
             continue
-        mine, cells = [{k: v for path in paths for k, v in
-                        json.loads(path.read_text())["results"].items()} for paths in kept], []
-        for path in columns.values():
-            values = [look_up(results, path) for results in mine]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        logs = sorted((ROOT / "results" / args.set).glob(f"{slug(row)}-[0-9]*.jsonl"))
-        seconds = [json.loads(log.read_text().splitlines()[-2])["cpu_seconds"]
-                   for log in logs]
-        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "-")
-        lines.append([row[0], row[1], *cells])
-    with open(ROOT / "results" / f"{name}.csv", "w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    table = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in table)
-    (ROOT / "results" / f"{name}.md").write_text(text + "\n")
+        results = [{k: v for path in some for k, v in
+                    json.loads(path.read_text())["results"].items()} for some in paths]
+        cells = {name: [look_up(r, path) for r in results] for name, path in
+                 spec["columns"].items()}
+        if row[2]:
+            logs = [(keep / f"{slug(row)}-{seed}.jsonl").read_text() for seed in args.seeds]
+            ends = [[json.loads(line) for line in log.splitlines()[1:]] for log in logs]
+            ends = [[r for r in records if "cpu_seconds" in r][-1] for records in ends]
+            cells["s / epoch"] = [end["cpu_seconds"] / end["epoch"] for end in ends]
+            cells["MB"] = [end["memory_mb"] for end in ends]
+            state = json.loads((keep / f"{slug(row)}.state.json").read_text())
+            cells["B / image"] = [sum(state.values())]
+        done[row] = cells
+    return done
+
+
+def write(args, spec, done):
+    """The table as CSV (all digits) and markdown, and a picture of it."""
+    path = ROOT / "results" / spec.get("name", args.set)
+    costs = ["s / epoch", "MB", "B / image"]
+    columns = ["row", "labels seen", *spec["columns"], *costs]
+    lines, digits = [columns, ["---"] * len(columns)], {"s / epoch": 1, "MB": 0, "B / image": 0}
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "labels seen", "column", "mean", "sd", "seeds"])
+        for row, cells in done.items():
+            line = list(row[:2])
+            for name in columns[2:]:
+                values = cells.get(name, [])
+                mean = statistics.mean(values) if values else None
+                sd = statistics.stdev(values) if len(values) > 1 else None
+                n = digits.get(name, 2)
+                line.append("-" if mean is None else f"{mean:.{n}f}" + (
+                    f" ± {sd:.{n}f}" if sd is not None and name not in costs else ""))
+                if values:
+                    writer.writerow([*row[:2], name, mean, sd, len(values)])
+            lines.append(line)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    path.with_suffix(".md").write_text(text + "\n")
     print(text)
+    picture(path.with_suffix(".png"), spec, done)
+
+
+def picture(path, spec, done):
+    """One panel a column: mean and standard deviation of every row; the untrained one dashed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(spec["columns"])
+    figure, axes = plt.subplots(1, len(names), sharey=True, squeeze=False,
+                                figsize=(2.2 + 1.6 * len(names), 0.7 + 0.27 * len(done)))
+    labels = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(row[1] for row in done))}
+    for axis, name in zip(axes[0], names, strict=True):
+        for y, (row, cells) in enumerate(done.items()):
+            values = cells[name]
+            axis.errorbar(statistics.mean(values), -y, fmt="o", ms=4, color=labels[row[1]],
+                          xerr=statistics.stdev(values) if len(values) > 1 else 0)
+            if row[2] is None:
+                axis.axvline(statistics.mean(values), color="gray", ls="--", lw=0.8)
+        auroc = "AUROC, " if spec["columns"][name].endswith("AUROC") else ""
+        axis.set_title(f"{auroc}{name}", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_yticks([-y for y in range(len(done))], [row[0] for row in done], fontsize=8)
+    figure.legend([plt.Line2D([], [], marker="o", ls="", color=c) for c in labels.values()],
+                  [f"labels seen: {label}" for label in labels], loc="lower center",
+                  ncols=len(labels), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=110)
 
 
 def main():
@@ -173,10 +247,7 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: work(args, *job), jobs))
 
-    write_table(args, args.set, spec["rows"], spec["columns"], ["eval"])
-    if "ood" in spec:
-        rows = [row for row in spec["rows"] if row[0] in spec["ood"]["rows"]]
-        write_table(args, f"{args.set}-ood", rows, spec["ood"]["columns"], ["eval", "ood"])
+    write(args, spec, table(args, spec))
 
 
 if __name__ == "__main__":
