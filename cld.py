@@ -541,6 +541,9 @@ def learning_rate(step, steps_per_epoch, args):
                                 start=args.lr / 100, floor=1e-6)
 
 
+# ---------------------------------------------------------------------------------- flags
+
+
 def check(args):
     """BadInput for flags that do not go together, before anything is read."""
     common.require(args, above=["tau", "tau_cld", "dim", "iters", "k_eigen", "queue"],

@@ -513,6 +513,9 @@ def learning_rate(step, steps_per_epoch, args):
                                 args.warmup * steps_per_epoch)
 
 
+# ---------------------------------------------------------------------------------- flags
+
+
 def check(args):
     """BadInput for flags that do not go together, before anything is read."""
     common.require(args, above=["tau", "base_tau", "dim", "k", "kmeans_every"],

@@ -21,7 +21,7 @@ section could not be read: this is the authors' code, but for [P?] (as the paper
 
 Sees:   images and ranked labels: a chain of columns (--ranks) or class similarities (--similarity).
 State:  query and key network, queue of K keys with labels, ranks of the classes, ids of the rows.
-Shapes: B global batch, n rows of this rank, D embedding width, M candidates, r ranks, C classes.
+Shapes: B global batch, b rows of this rank, D embedding width, M candidates, r ranks, C classes.
 
     torchrun --standalone --nproc_per_node=2 rince.py                # demo on 2 CPU cores, 2 min
     python rince.py --recipe c100-small --download                   # CIFAR-100, 3 CPU minutes
@@ -96,9 +96,9 @@ def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
     """Sums and numbers of the entries of every rank's term (E1, E3 to E5); `mean_of_ranks` ends it.
 
     Args:
-        a: (n, D) unit-norm anchors, with gradient.  p: (n, D) second views of the same images.
+        a: (b, D) unit-norm anchors, with gradient.  p: (b, D) second views of the same images.
         keys: (M, D) candidates: the queue before this batch, or the keys of the batch.
-        R: (n, 1 + M) int64 from `rank_of`: 0 negative, -1 in no term; column 0 is p, of rank 1.
+        R: (b, 1 + M) int64 from `rank_of`: 0 negative, -1 in no term; column 0 is p, of rank 1.
         taus: r temperatures > 0, one for each rank from 1.
         form: "out", "in" or "out-in".
         cumulative: P_i also has the keys of better ranks (but not p), as the authors train CIFAR.
@@ -108,8 +108,8 @@ def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
         add the counts up first: the mean runs over the pairs of the whole batch.
     Raises: ValueError for a wrong shape or argument.
     """
-    n, M = len(a), len(keys)
-    if a.shape != p.shape or keys.shape[1:] != a.shape[1:] or R.shape != (n, 1 + M):
+    b, M = len(a), len(keys)
+    if a.shape != p.shape or keys.shape[1:] != a.shape[1:] or R.shape != (b, 1 + M):
         raise ValueError(f"anchors {tuple(a.shape)}, second views {tuple(p.shape)}, keys "
                          f"{tuple(keys.shape)} and ranks {tuple(R.shape)} do not fit")
     if form not in ("out", "in", "out-in"):
@@ -117,7 +117,7 @@ def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
     if not (len(taus) and min(taus) > 0 and 0 <= min_prob < 1):
         raise ValueError(f"temperatures {taus} must be above 0 and min_prob {min_prob} in [0, 1)")
     cut = math.log(min_prob) if min_prob > 0 else -math.inf
-    S = torch.cat([(a * p).sum(1, keepdim=True), a @ keys.T], 1)  # (n, 1 + M)
+    S = torch.cat([(a * p).sum(1, keepdim=True), a @ keys.T], 1)  # (b, 1 + M)
     sums, counts = [], []
     for i, tau in enumerate(taus, 1):
         P, Neg = R == i, (R == 0) | (R > i)  # E1
@@ -125,12 +125,12 @@ def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
             P = (R > 0) & (R <= i)
             P[:, 0] = False
         s = S / tau
-        neg = s.masked_fill(~Neg, NOTHING).logsumexp(1, keepdim=True)  # (n, 1)
+        neg = s.masked_fill(~Neg, NOTHING).logsumexp(1, keepdim=True)  # (b, 1)
         if form == "in" or form == "out-in" and i > 1:
-            s = s.masked_fill(~P, NOTHING).logsumexp(1, keepdim=True)  # (n, 1)
+            s = s.masked_fill(~P, NOTHING).logsumexp(1, keepdim=True)  # (b, 1)
             P = P.any(1, keepdim=True)
         # differs from the released code: that takes e^s without log-sum-exp, and overflows
-        log_pi = F.logsigmoid(s - neg)  # log of e^s / (e^s + e^neg): E3 (n, 1) or E4 (n, 1 + M)
+        log_pi = F.logsigmoid(s - neg)  # log of e^s / (e^s + e^neg): E3 (b, 1) or E4 (b, 1 + M)
         kept = P & (log_pi > cut)
         sums.append(-log_pi.where(kept, 0.0).sum())
         counts.append(kept.sum())
@@ -158,16 +158,16 @@ def temperatures(r, tau_min, tau_max):
 
 
 def rank_of(y, y_keys, table, first=None):
-    """R (n, 1 + M) int64: ranks of the keys for the anchors, in column 0 those of the second views.
+    """R (b, 1 + M) int64: ranks of the keys for the anchors, in column 0 those of the second views.
 
-    Args: y (n,), y_keys (M,) int64 classes, -1 = no class yet: a negative; table (C, C), see
+    Args: y (b,), y_keys (M,) int64 classes, -1 = no class yet: a negative; table (C, C), see
     `chain_ranks`; first, without a queue: key first + i is anchor i's own, in no term.
     Raises: ValueError that names a class outside the table.
     """
     for ids, least in ((y, 0), (y_keys, -1)):
         if (wrong := ids[(ids < least) | (ids >= len(table))]).numel():
             raise ValueError(f"class {int(wrong[0])} is not among the {len(table)} classes")
-    R = table[y[:, None], y_keys.clamp(min=0)].masked_fill(y_keys < 0, 0)  # (n, M)
+    R = table[y[:, None], y_keys.clamp(min=0)].masked_fill(y_keys < 0, 0)  # (b, M)
     if first is not None:
         row = torch.arange(len(y), device=y.device)
         R[row, first + row] = -1
@@ -175,14 +175,14 @@ def rank_of(y, y_keys, table, first=None):
 
 
 def one_per_rank(R, u):
-    """RINCE-uni: R (n, 1 + M) with one positive a rank, the others in no term (-1).
+    """RINCE-uni: R (b, 1 + M) with one positive a rank, the others in no term (-1).
 
-    Args: u (n, r) uniform in [0, 1): which one. That the others are no negatives is ours.
+    Args: u (b, r) uniform in [0, 1): which one. That the others are no negatives is ours.
     """
     one = R.clone()
     for i in range(1, u.shape[1] + 1):
         P = R == i
-        chosen = (u[:, i - 1:i] * P.sum(1, keepdim=True)).floor() + 1  # (n, 1) counts from 1
+        chosen = (u[:, i - 1:i] * P.sum(1, keepdim=True)).floor() + 1  # (b, 1) counts from 1
         one[P & (P.cumsum(1) != chosen)] = -1
     return one
 
@@ -370,10 +370,10 @@ def train(args):
             common.save(state, 0, args)
 
     for batch in data.batches(first_step, steps, spec, views=1 if args.loss == "ce" else 2):
-        step, y = batch.step, ranks.ids[batch.rows]  # (n,)
-        x = common.augment(batch)  # (V, n, 3, S, S)
+        step, y = batch.step, ranks.ids[batch.rows]  # (b,)
+        x = common.augment(batch)  # (V, b, 3, S, S)
         with common.autocast(args, device):
-            a = network(x[0])  # (n, D)
+            a = network(x[0])  # (b, D)
             if args.loss != "ce":
                 common.momentum_update(key, model, args.key_momentum)  # E7
                 keys = common.shuffled_keys(key, x[1], args.seed, step)  # (B, D) of all ranks
@@ -382,9 +382,9 @@ def train(args):
         else:
             own, y_keys = slice(batch.first, batch.first + len(y)), common.gather(y)
             if args.queue:
-                k, R = queue.keys, rank_of(y, queue.labels, ranks.table)  # (n, 1 + K)
+                k, R = queue.keys, rank_of(y, queue.labels, ranks.table)  # (b, 1 + K)
             else:  # the other images of the batch
-                k, R = keys, rank_of(y, y_keys, ranks.table, batch.first)  # (n, 1 + B)
+                k, R = keys, rank_of(y, y_keys, ranks.table, batch.first)  # (b, 1 + B)
             if args.loss == "rince-uni":
                 u = torch.rand(args.batch_size, len(taus), dtype=torch.float64,
                                generator=common.generator(args.seed, step, "positives"))
@@ -423,6 +423,9 @@ def learning_rate(step, steps_per_epoch, args):
         return common.warmup_by_epoch(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr,
                                 args.warmup * steps_per_epoch)
+
+
+# ---------------------------------------------------------------------------------- flags
 
 
 def check(args):

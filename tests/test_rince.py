@@ -498,8 +498,8 @@ def chain(tmp_path):
 OTHERS = [["--loss", "rince-out"], ["--loss", "scl-out"], ["--loss", "scl-in"],
           ["--loss", "scl-superclass"], ["--loss", "ce"], ["--loss", "rince-in"],
           ["--loss", "rince-uni"], ["--rank2-positives", "cumulative"], ["--min-prob", "0.01"],
-          ["--tau-max", "0.9"], ["--key-momentum", "0.5"], ["--queue", "0"], ["--similarity", "FILE",
-                                                                  "--ranks", "label"]]
+          ["--tau-max", "0.9"], ["--key-momentum", "0.5"], ["--queue", "0"],
+          ["--similarity", "FILE", "--ranks", "label"]]
 
 
 def test_every_loss_and_flag_trains_its_own_way(run, chain, tmp_path, capsys):
