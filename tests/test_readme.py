@@ -5,10 +5,12 @@
 import argparse
 import ast
 import importlib
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -87,6 +89,34 @@ def test_every_equation_is_in_the_map_and_at_its_lines(method):
 def test_links_lead_to_files():
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", README.read_text()):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_losses_can_be_copied():
+    """The functions of the table, and nothing else of their files, run the lines below it."""
+    text = README.read_text()
+    part = text[text.index("**A loss.**"):text.index("**A backbone**")]
+    space = {"torch": torch, "F": torch.nn.functional, "math": math}
+    for line in re.findall(r"\| from .*", part):
+        file, *names = re.findall(r"`([\w.]+)`", line)
+        for node in ast.parse(source := (ROOT / file).read_text()).body:
+            name = node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", "")
+            if name in names:
+                exec("\n".join(source.splitlines()[min(
+                    [node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1:
+                    node.end_lineno]), space)
+                names.remove(name)
+        assert not names, f"{file} has no {names}"
+    x = torch.randn(2, 2, 16, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    space["z"], space["v"] = torch.nn.functional.normalize(x, dim=3)
+    space.update(y=torch.arange(16) % 3, B=16)
+    done = 0
+    for line in re.search(r"```python\n(.*?)```", part, re.S)[1].splitlines():
+        exec(line, space)
+        if line.startswith("loss"):
+            (grad,) = torch.autograd.grad(space["loss"], x, retain_graph=True)
+            assert space["loss"].ndim == 0 and grad.abs().sum() > 0
+            done += 1
+    assert done == 5
 
 
 def commands():

@@ -168,8 +168,8 @@ def table(args, spec):
             ends = [[r for r in records if "cpu_seconds" in r][-1] for records in ends]
             cells["s / epoch"] = [end["cpu_seconds"] / end["epoch"] for end in ends]
             cells["MB"] = [end["memory_mb"] for end in ends]
-            state = json.loads((keep / f"{slug(row)}.state.json").read_text())
-            cells["B / image"] = [sum(state.values())]
+            if (state := keep / f"{slug(row)}.state.json").exists():
+                cells["B / image"] = [sum(json.loads(state.read_text()).values())]
         done[row] = cells
     return done
 
