@@ -38,6 +38,7 @@ Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of 
     python sogclr_clip.py --evaluate openclip:ViT-B-32/openai --dataset captions --test-file F.json
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -586,7 +587,7 @@ class Objective(nn.Module):
             raise ValueError(f"its tables belong to other data: {state}, here {self.about}")
 
     def forward(self, x, t, p, q, own, step, epoch, same=None):
-        """Loss of this rank's pairs and what to log.
+        """Loss of this rank's pairs, and what to log: scalars, to be averaged over the ranks.
 
         Args: x, t (b, D) features; p, q (b,) ids; own (b,) rows in the global batch; step; epoch
         from 0; same (b, B) mask of repeats, or None.
@@ -594,6 +595,7 @@ class Objective(nn.Module):
         """
         args, loss = self.args, self.args.loss
         X, Y = common.gather(x), common.gather(t)  # (B, D), with gradient
+        common.all_finite(step, images=X[None], texts=Y[None])
         try:
             negative = negatives(own, len(X), same)
         except ValueError as error:
@@ -605,18 +607,18 @@ class Objective(nn.Module):
             return vicreg(X, Y), {}
         if loss == "siglip":
             s = self.log_s.exp()
-            return siglip(S_I, own, negative, s, self.c), dict(tau=1 / s.item())
+            return siglip(S_I, own, negative, s, self.c), dict(tau=1 / s)
         if loss in ("clip", "cyclip"):
-            tau_I = tau_T = self.tau if args.learn_tau == "global" else torch.tensor(args.tau)
+            tau_I = tau_T = self.tau if args.learn_tau == "global" else x.new_full((), args.tau)
             if args.learn_tau == "sample":
                 tau_I, tau_T = self.tau_I[p][:, None], self.tau_T[q][:, None]
             L = (clip(S_I, own, negative, tau_I) + clip(S_T, own, negative, tau_T)) / 2
             if loss == "cyclip":
                 L = L + cyclip(S_I, S_T, x @ X.T, t @ Y.T)
-            return L, dict(tau=tau_I.mean().item())
+            return L, dict(tau=tau_I.mean())
         gamma = gamma_at(epoch, args.epochs, args.gamma, args.gamma_schedule)
         self.averages(S_I, own, negative, gamma, epoch)
-        stats = dict(gamma=gamma)
+        stats = dict(gamma=x.new_full((), gamma, dtype=torch.float64))
         sides = [SimpleNamespace(
             name=name, f=f, ids=ids, S=S, own=own, negative=negative, step=step, epoch=epoch,
             gamma=gamma, table=table, other=other, other_ids=others)
@@ -628,12 +630,12 @@ class Objective(nn.Module):
         for side in sides:
             part, values = self.direction(side)
             L = L + part
-            stats.update({f"{k}_{side.name}": v.mean().item() for k, v in values.items()
+            stats.update({f"{k}_{side.name}": v.mean() for k, v in values.items()
                           if k != "b"})
         if loss == "sogclr-mine":  # estimates of the mutual information in nats, not bounds
             stats["mi_gcl"] = -(stats["log_u_I"] + stats["log_u_T"]) / 2
             stats["mi_dv"] = (diagonal(S_I, own).mean() / args.tau
-                              - self.scalars["log_v"]).item()
+                              - self.scalars["log_v"])
         return L, stats
 
     @torch.no_grad()
@@ -736,7 +738,7 @@ class Objective(nn.Module):
         diff = difficulty(I.S, T.S, own, negative, d, tau)  # E23c
         # 0.1 tau: base is in units of similarity, diff in nats
         return base + 0.1 * cov + 0.1 * tau * diff, dict(
-            tau=tau.item(), base=base.item(), cov=cov.item(), diff=diff.item())
+            tau=tau, base=base, cov=cov, diff=diff)
 
     def bank_rows(self, table, batch, step, K=1024):
         """At most K random rows of a bank that were seen, and are not in this batch."""
@@ -907,16 +909,23 @@ def scores(model, tokenizer, data, pairs, prepare=clean):
     square = "image_id" in table.columns
     images = table.select(pairs.images) if pairs else table
     X = common.features(model, data, images, square, pick=lambda out: out[0], unit=True)
+    zeros = [(~X.any(1)).sum().item(), 0]
     if pairs:
         texts = torch.arange(pairs.N_T) if square else first_rows(pairs.text.cpu())
         groups = (torch.arange(len(X)), pairs.p.cpu()) if square else (
             pairs.text.cpu()[pairs.images], pairs.text.cpu()[texts])
         groups = [g.to(data.device) for g in groups]
         Y = encode(model, pairs.tokens[texts.to(data.device)], data.device)
+        zeros[1] = (~Y.any(1)).sum().item()
         result, chance = retrieval(X, Y, *groups)
         found = (X, Y, *groups, texts)
     y = images.columns.get(args.label, torch.full((len(X),), -1)).to(data.device)
     if table.classes.get(args.label) and (y >= 0).any():
+        if args.zs_original:
+            mean, std = common.MEAN_STD.get(args.dataset, common.IMAGENET)
+            own = copy.copy(data)
+            own.args = argparse.Namespace(**{**vars(args), "mean": mean, "std": std})
+            X = common.features(model, own, images, square, pick=lambda out: out[0], unit=True)
         names, templates = prompts_of(args, table)
         texts = [prepare(t.format(c)) for c in names for t in templates]
         Z = encode(model, tokenize(tokenizer, texts), data.device).unflatten(0, (len(names), -1))
@@ -925,6 +934,9 @@ def scores(model, tokenizer, data, pairs, prepare=clean):
         right = common.accuracy(logits, y[y >= 0], ks)
         result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right, strict=True)})
         chance.update({f"zero-shot top-{k}": 100 * k / len(names) for k in ks})
+    if any(zeros) and not getattr(data, "warned", False):
+        data.warned = True  # once a run
+        common.say(f"warning: {zeros[0]} features of images, {zeros[1]} of captions are zero")
     return result, chance, found
 
 
@@ -1059,7 +1071,7 @@ def train(args):
         objective.average_gradients()
         scaler.step(opt)
         scaler.update()
-        log(step, loss=value, lr=lr, **stats)
+        log(step, loss=value, lr=lr, **common.means(stats))
 
         if data.end_of_epoch(step, every=args.knn_every):
             with log.pause():
@@ -1109,10 +1121,10 @@ def evaluate(args):
         checkpoint, folder = common.read_checkpoint(args.evaluate), Path(args.evaluate).parent
         if checkpoint.get("method") != args.method:
             raise common.BadInput(f"{args.evaluate} is no checkpoint of {args.method}.py")
-        old, keep = checkpoint["args"], ["model", "loss", "image_size"]
+        old, keep = checkpoint["args"], ["model", "loss", "image_size", "mean", "std"]
         if "dataset" not in given or args.dataset == old["dataset"]:
             keep += ["dataset", "data_dir", "train_file", "test_file", "image_root", "classes",
-                     "label", "mean", "std"]
+                     "label"]
         for name in set(keep) - given:
             setattr(args, name, old[name])
         args.pretrained = args.evaluate
@@ -1122,9 +1134,9 @@ def evaluate(args):
     if args.image_size is None:
         size = clip.visual.image_size
         args.image_size = size if isinstance(size, int) else size[0]
-    if published:
-        mean, std = common.MEAN_STD["captions"]
-        args.mean, args.std = args.mean or list(mean), args.std or list(std)
+    # the statistics of the training, whatever the data set
+    mean, std = common.MEAN_STD.get("captions" if published else old["dataset"], common.IMAGENET)
+    args.mean, args.std = args.mean or list(mean), args.std or list(std)
     data = common.load(args, device)
     model = Towers(clip).to(device)
     prepare = str if published else clean  # what the texts of their training were
@@ -1226,6 +1238,8 @@ def main(argv=None):
         "retrieval and zero-shot on the test set, no training")
     add("--class-names", metavar="FILE", help="zero-shot: names in the order of the classes, one "
         "a line, and templates (lines with {}); or imagenet, open_clip's list")
+    add("--zs-original", action="store_true", help="zero-shot: images normalised with the mean and "
+        "std of their own data set, not with those of the training")
     common.run(train, parser, argv)
 
 
