@@ -57,21 +57,20 @@ import common
 
 # [V] read in the authors' code, [F] an argument file of a course that used it, [R] recalled from
 # the literature, [K] chosen for this project
-SMALL = dict(  # [K]; no colour jitter: captions name colours
+BASE = dict(  # [K], crop [V]; no colour jitter: captions name colours
     optimizer="adamw", weight_decay=0.1, schedule="cosine", crop=[0.5, 1.0], jitter=[0, 0, 0, 0],
     gray=0.0, knn_every=1)
 CC3M = dict(  # [V] clip.py; towers: see README, the original had ResNet-50 and DistilBERT
-    dataset="captions", train_file="clip_train/cc3m_train_new.json",
+    BASE, dataset="captions", train_file="clip_train/cc3m_train_new.json",
     test_file="clip_train/coco_val_new.json", image_root=["cc3m", "coco"], model="RN50",
-    image_size=256, epochs=30, batch_size=512, optimizer="adamw", lr=2e-4, weight_decay=0.02,
-    schedule="authors", warmup=20, tau=0.01, crop=[0.5, 1.0], jitter=[0, 0, 0, 0], gray=0.0,
-    amp="auto", channels_last=True, knn_every=1)
+    image_size=256, epochs=30, batch_size=512, lr=2e-4, weight_decay=0.02, schedule="authors",
+    warmup=20, tau=0.01, amp="auto", channels_last=True)
 RECIPES = {
     "demo": dict(  # built-in synthetic shapes
-        SMALL, dataset="shapes", model="tiny-resnet", epochs=20, batch_size=128, lr=2e-3,
+        BASE, dataset="shapes", model="tiny-resnet", epochs=20, batch_size=128, lr=2e-3,
         warmup=60, tau=0.05, mask_repeats=True),
     "flickr8k": dict(  # every image 20 times = every caption 4 times
-        SMALL, dataset="captions", train_file="flickr8k/train.json",
+        BASE, dataset="captions", train_file="flickr8k/train.json",
         test_file="flickr8k/test_retrieval.json", image_root=["flickr8k/images"],
         model="tiny-resnet", image_size=32, epochs=4, batch_size=256, lr=1e-3, warmup=100,
         tau=0.05, mask_repeats=True),
@@ -131,9 +130,7 @@ def log_(x):
 
 def negatives(own, B, same=None):
     """Mask (b, B) bool of the negatives: neither the own pair nor `same` (b, B), its repeats.
-
-    Raises: ValueError for fewer than two pairs, or a row without a negative.
-    """
+    Raises: ValueError for fewer than two pairs, or a row without a negative."""
     if B < 2:
         raise ValueError("a batch of 1 has no negatives: at least 2 pairs are needed")
     negative = torch.ones(len(own), B, dtype=torch.bool, device=own.device)
@@ -182,8 +179,7 @@ def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=Non
 
     Args: V (b, B) what is weighted, with gradient; z (b, B); floor: log of what is added to u, a
     number or (b,); terms: what is in the sums, the negatives by default. n counts negatives.
-    Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij.
-    """
+    Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij."""
     n, terms = negative.sum(1).to(z.dtype), negative if terms is None else terms
     log_u = log_average(log_u, log_mean(z, terms, n), gamma)  # E6, E7 as E10
     log_den = add(log_u, torch.as_tensor(floor, dtype=z.dtype, device=z.device))  # E11
@@ -193,9 +189,7 @@ def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=Non
 
 def clip(S, own, negative, tau, reduction="mean"):
     """Cross-entropy of the own pair in its row (E1); CLIP is the mean of both directions.
-
-    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none".
-    """
+    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none"."""
     # differs from the released code: there tau of row i divides column i ("personalized")
     logits = (S / tau).masked_fill(~with_own(negative, own), -math.inf)
     return F.cross_entropy(logits, own, reduction=reduction)
@@ -203,11 +197,8 @@ def clip(S, own, negative, tau, reduction="mean"):
 
 def cyclip(S_I, S_T, R_I, R_T, inside=0.25, cross=0.25):
     """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries, both directions at once.
-
-    Args: (b, B) each: image-text, text-image, image-image, text-text similarities of this rank.
-    """
-    b = len(S_I)
-    return (inside * (R_I - R_T).square().sum() + cross * (S_I - S_T).square().sum()) / b
+    Args: (b, B) each: image-text, text-image, image-image, text-text similarities of this rank."""
+    return (inside * (R_I - R_T).square().sum() + cross * (S_I - S_T).square().sum()) / len(S_I)
 
 
 def decorrelation(Z):
@@ -226,9 +217,7 @@ def vicreg(Z_I, Z_T, sim=25.0, std=25.0, cov=1.0):
 
 def sogclr(D, negative, log_u, b, tau, gamma, eps=1e-8):
     """SogCLR (E4 to E11); D from `difference`. eps: the floor is eps e^b, and may be 0.
-
-    Returns: L, log_u, b.
-    """
+    Returns: L, log_u, b."""
     z = D.detach() / tau  # E4
     b = torch.maximum(b, z.amax(1))  # E5
     L, log_u, *_ = estimate(D, z, log_u, gamma, negative, log_(eps) + b)
@@ -237,9 +226,7 @@ def sogclr(D, negative, log_u, b, tau, gamma, eps=1e-8):
 
 def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
     """iSogCLR as first released: the pair itself is in the sum, but n = B - 1.
-
-    Returns: L, log_u, b, G.
-    """
+    Returns: L, log_u, b, G."""
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
     L, log_u, _, mean_z = estimate(D, z, log_u, gamma, negative, log_(eps) + b,
@@ -249,9 +236,7 @@ def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
 
 def isogclr(D, negative, log_u, b, tau, gamma, rho, eps=1e-14):
     """iSogCLR with stored temperatures, or those of a network. Returns: L, log_u, b, G.
-
-    As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G.
-    """
+    As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G."""
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
     floor = log_(eps) - negative.sum(1).to(z.dtype).log() + b
@@ -268,9 +253,7 @@ def isogclr_v1(S, own, negative, log_u, tau, gamma, rho):
 
 def isogclr_v2(S, own, negative, log_u, b, log_r, tau, gamma, rho, lambd=1.0, eps=1e-8):
     """The variant with DRO on the positives too (E20). Returns: L, log_u, b, G.
-
-    log_r: log of r e^b_pos after this step, the average of what `positives` gives.
-    """
+    log_r: log of r e^b_pos after this step, the average of what `positives` gives."""
     z, d = S.detach() / tau[:, None], diagonal(S, own)
     b = torch.maximum(b, z.amax(1))
     L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, log_(eps) + b)
@@ -308,8 +291,7 @@ def info_sogclr(D, negative, log_u, tau, gamma, floor=0.0):
 
     InfoNCE over the data set has the pair itself in its denominator, 1 + (N - 1) u, so the floor
     is 1/(N - 1) (E27), N the number of texts for an image; 0 is SogCLR without eps.
-    Returns: L, log_u.
-    """
+    Returns: L, log_u."""
     return estimate(D, D.detach() / tau, log_u, gamma, negative, log_(floor))[:2]
 
 
@@ -323,9 +305,7 @@ def mine(S, own, negative, log_v, tau):
 
 def difficulty(S_I, S_T, own, negative, d, tau):
     """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau) over the global d (B,).
-
-    Times B/b: the gradients of the ranks are averaged.
-    """
+    Times B/b: the gradients of the ranks are averaged."""
     a = (-d.detach() / tau).softmax(0)[own]
     ce = [clip(S, own, negative, tau, "none") for S in (S_I, S_T)]
     return (a * (ce[0] + ce[1]) / 2).sum() * len(d) / len(own)
@@ -377,9 +357,6 @@ class Shared:
     def __init__(self, pixels, of):
         self.pixels, self.of = pixels, of
 
-    def __len__(self):
-        return len(self.of)
-
     def __getitem__(self, rows):
         return self.pixels[self.of[rows]]
 
@@ -413,12 +390,12 @@ class Pairs:
 
 def in_memory(data, table, limit=20000):
     """Decode the images of a small table once, to 1.5 times the training size."""
-    if table.paths is None or len(rows := first_rows(table.columns["image_id"])) > limit:
+    ids = table.columns.get("image_id")
+    if table.paths is None or ids is None or len(rows := first_rows(ids)) > limit:
         return
-    some, side = table.select(rows), round(1.5 * data.args.image_size)
-    x = [x.byte() for x in data.still_batches(some, torch.arange(len(some)), side, True)]
-    of = table.columns["image_id"].unique(return_inverse=True)[1]
-    table.images = Shared(torch.cat(x), of.to(data.device))
+    side = round(1.5 * data.args.image_size)
+    pixels = torch.cat([x.byte() for x in data.still_batches(table, rows, side, True)])
+    table.images = Shared(pixels, ids.unique(return_inverse=True)[1].to(data.device))
 
 
 # ---------------------------------------------------------------------------------- model
@@ -465,9 +442,9 @@ class Towers(nn.Module):
     def __init__(self, clip, unit=True):
         super().__init__()
         self.clip, self.unit = clip, unit
-        for name in ("logit_scale", "logit_bias"):  # the temperature is part of the loss here
-            if getattr(clip, name, None) is not None:
-                getattr(clip, name).requires_grad_(False)
+        for name, parameter in clip.named_parameters():
+            if name in ("logit_scale", "logit_bias"):  # the temperature is part of the loss here
+                parameter.requires_grad_(False)
 
     def forward(self, images=None, tokens=None):
         """Either, or both."""
@@ -526,8 +503,10 @@ class Table(nn.Module):
         ids = common.gather(ids)
         last = len(ids) - 1 - first_rows(ids.flip(0))
         for name, value in values.items():
-            getattr(self, name)[ids[last]] = common.gather(value.detach())[last].to(
-                getattr(self, name).dtype)
+            getattr(self, name)[ids[last]] = common.gather(value.detach())[last]
+
+
+AVERAGES = {"onlineclr": ("log_n", "log_p"), "sogclr-mine": ("log_v",), "isogclr-v2": ("log_r",)}
 
 
 class Objective(nn.Module):
@@ -547,8 +526,7 @@ class Objective(nn.Module):
         if "eta" in flags:
             start.update(tau=args.tau, v=0)
         self.I, self.T = Table(pairs.N_I, **start), Table(pairs.N_T, **start)
-        for name in {"onlineclr": ["log_n", "log_p"], "sogclr-mine": ["log_v"],
-                     "isogclr-v2": ["log_r"]}.get(loss, []):
+        for name in AVERAGES.get(loss, ()):
             self.register_buffer(name, torch.tensor(-math.inf))
         for table in (self.I, self.T) if loss == "hybrid" else ():
             table.register_buffer("bank", torch.zeros(table.N, D))
@@ -619,16 +597,15 @@ class Objective(nn.Module):
     @torch.no_grad()
     def averages(self, S, own, negative, gamma, epoch):
         """New values of what is one average for the whole data set, from all ranks' rows."""
-        tau, loss, new = self.args.tau, self.args.loss, {}
-        if loss == "onlineclr":
-            n, p = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0)
-            new = dict(log_n=n + math.log(2), log_p=p + math.log(2))  # E21
-        elif loss == "sogclr-mine":
+        tau, loss, new = self.args.tau, self.args.loss, ()
+        if loss == "onlineclr":  # E21
+            new = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0) + math.log(2)
+        elif loss == "sogclr-mine":  # E24
             g = common.gather(log_mean(S / tau, negative, negative.sum(1).to(S.dtype)))  # (B,)
-            new = dict(log_v=g.logsumexp(0) - math.log(len(g)))  # E24
-        elif loss == "isogclr-v2":
-            new = dict(log_r=positives(common.gather(diagonal(S, own))))
-        for name, value in new.items():
+            new = [g.logsumexp(0) - math.log(len(g))]
+        elif loss == "isogclr-v2":  # E20
+            new = [positives(common.gather(diagonal(S, own)))]
+        for name, value in zip(AVERAGES.get(loss, ()), new):
             old = getattr(self, name)
             weight = gamma if loss == "onlineclr" else self.first_visit(old, epoch, gamma)
             self.scalars[name] = log_average(old, value, weight)
@@ -640,10 +617,9 @@ class Objective(nn.Module):
             return onlineclr(S, own, negative, **self.scalars, tau=args.tau), {}
         old, D = side.table[side.ids], difference(S, own)
         net = getattr(self, f"net_{side.name}", None)
-        if net is not None:
-            tau = self.predict(net, side)  # (b,), with gradient
-        else:  # a parameter, one per id (b,), or a number
-            tau = self.tau if loss == "fastclip" else getattr(old, "tau", args.tau)
+        # from a network (b,), with gradient; a parameter; stored, one per id (b,); or a number
+        tau = (self.predict(net, side) if net is not None else
+               self.tau if loss == "fastclip" else getattr(old, "tau", args.tau))
         learnt = torch.is_tensor(tau)
         known = dict(log_u=old.log_u, tau=tau.detach() if learnt else tau,
                      gamma=self.first_visit(old.log_u, side.epoch, side.gamma))
@@ -914,15 +890,16 @@ def retrieval_picture(path, data, pairs, found, rows=5):
     """PNG: images with their best captions, captions with their best images; green = right."""
     if (plt := common.pyplot()) is None:
         return
-    (X, Y, image_group, text_group, texts), size = found, data.args.image_size
+    X, Y, image_group, text_group, texts = found
     g = common.generator(data.args.seed, 0, "picture")
     some, ask = (torch.randperm(len(Z), generator=g)[:rows] for Z in (X, Y))
     best_T = common.top_k(X[some], Y, min(3, len(Y)))[1].tolist()
     best_I = common.top_k(Y[ask], X, min(6, len(X)))[1].cpu()
     shown = pairs.images[torch.cat([some, best_I.flatten()])]
-    pixels = torch.cat(list(data.still_batches(data.test, shown, size, True))).byte().cpu()
-    sheet = iter(pixels.permute(0, 2, 3, 1))  # in the order of drawing
-    figure, axes = plt.subplots(len(some) + len(ask), 6, figsize=(12, 2 * (len(some) + len(ask))))
+    pixels = torch.cat(list(data.still_batches(data.test, shown, data.args.image_size, True)))
+    sheet = iter(pixels.byte().cpu().permute(0, 2, 3, 1))  # in the order of drawing
+    n = len(some) + len(ask)
+    figure, axes = plt.subplots(n, 6, figsize=(12, 2 * n))
     for axis in axes.flat:
         axis.axis("off")
     for line, i, best in zip(axes, some, best_T):
@@ -1118,13 +1095,10 @@ def learning_rate(step, steps_per_epoch, args):
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, args.warmup)
 
 
-OWN = sorted({name for flags in LOSSES.values() for name in flags})
-
-
 def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
     flags, written = LOSSES[args.loss], {w.split("=")[0] for w in args.argv}
-    for name in OWN:
+    for name in sorted({name for flags in LOSSES.values() for name in flags}):
         flag = f"--{name.replace('_', '-')}"
         if name not in flags and flag in written:
             raise common.BadInput(f"{flag} is not used by --loss {args.loss}; it uses: "

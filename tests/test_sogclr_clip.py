@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from conftest import write_image
+from conftest import write_folder, write_image
 from ranks import close, many, normal, own_rows
 from runs import BASE, SMALL, end, start, torchrun
 from torch import nn
@@ -634,6 +634,12 @@ def test_train_on_captions(captions, tmp_path, monkeypatch, in_memory):
     sogclr_clip.main(argv)
     owner = [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5, 6, 7, 7]
     assert len(seen) == 12 and all(number == owner[row] for row, number in seen)
+
+
+def test_image_files_without_captions_are_refused(refused_by, tmp_path):
+    write_folder(tmp_path / "data", {f"{part}/{c}": 2 for part in ("train", "val") for c in "ab"})
+    refused_by(sogclr_clip.main, ["--device", "cpu", "--dataset", "folder", "--data-dir",
+                                  tmp_path / "data", "--batch-size", "2"], "has no captions")
 
 
 def test_retrieval_of_repeated_captions():
