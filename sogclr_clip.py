@@ -410,7 +410,11 @@ def towers(args):
     file = Path(args.pretrained or "").suffix in (".pt", ".pth", ".bin")
     if args.model in TINY:
         c = TINY[args.model]
-        vision = open_clip.CLIPVisionCfg(**dict(c["vision_cfg"], image_size=args.image_size))
+        if args.pretrained and not file:
+            raise common.BadInput(f"--pretrained {args.pretrained}: {args.model} has no published "
+                                  "weights; name a file (.pt, .pth, .bin)")
+        size = args.image_size or c["vision_cfg"]["image_size"]
+        vision = open_clip.CLIPVisionCfg(**dict(c["vision_cfg"], image_size=size))
         clip = open_clip.CLIP(c["embed_dim"], vision, open_clip.CLIPTextCfg(**c["text_cfg"]))
         tokenizer = open_clip.SimpleTokenizer(context_length=c["text_cfg"]["context_length"])
     elif args.model in open_clip.list_models():

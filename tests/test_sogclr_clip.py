@@ -704,6 +704,8 @@ def test_bad_caption_files(refused_by, captions, entries, words):
     ("--loss nothing", ["nothing"]),
     ("--model ViT-Z", ["--model ViT-Z"]),
     ("--pretrained none.pt", ["none.pt"]),
+    ("--pretrained openai", ["--pretrained openai", "tiny-resnet"]),
+    ("--evaluate openclip:tiny-vit/openai", ["--pretrained openai", "tiny-vit"]),
     ("--batch-size 1", ["--batch-size 1"]),
     ("--optimizer lars", ["lars"]),
     ("--evaluate none.pt", ["none.pt"]),
