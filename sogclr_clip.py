@@ -38,9 +38,11 @@ Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of 
     python sogclr_clip.py --evaluate openclip:ViT-B-32/openai --dataset captions --test-file F.json
 """
 import argparse
+import copy
 import json
 import math
 import os
+import re
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,21 +57,20 @@ import common
 
 # [V] read in the authors' code, [F] an argument file of a course that used it, [R] recalled from
 # the literature, [K] chosen for this project
-SMALL = dict(  # [K]; no colour jitter: captions name colours
+BASE = dict(  # [K], crop [V]; no colour jitter: captions name colours
     optimizer="adamw", weight_decay=0.1, schedule="cosine", crop=[0.5, 1.0], jitter=[0, 0, 0, 0],
     gray=0.0, knn_every=1)
 CC3M = dict(  # [V] clip.py; towers: see README, the original had ResNet-50 and DistilBERT
-    dataset="captions", train_file="clip_train/cc3m_train_new.json",
+    BASE, dataset="captions", train_file="clip_train/cc3m_train_new.json",
     test_file="clip_train/coco_val_new.json", image_root=["cc3m", "coco"], model="RN50",
-    image_size=256, epochs=30, batch_size=512, optimizer="adamw", lr=2e-4, weight_decay=0.02,
-    schedule="authors", warmup=20, tau=0.01, crop=[0.5, 1.0], jitter=[0, 0, 0, 0], gray=0.0,
-    amp="auto", channels_last=True, knn_every=1)
+    image_size=256, epochs=30, batch_size=512, lr=2e-4, weight_decay=0.02, schedule="authors",
+    warmup=20, tau=0.01, amp="auto", channels_last=True)
 RECIPES = {
     "demo": dict(  # built-in synthetic shapes
-        SMALL, dataset="shapes", model="tiny-resnet", epochs=20, batch_size=128, lr=2e-3,
+        BASE, dataset="shapes", model="tiny-resnet", epochs=20, batch_size=128, lr=2e-3,
         warmup=60, tau=0.05, mask_repeats=True),
     "flickr8k": dict(  # every image 20 times = every caption 4 times
-        SMALL, dataset="captions", train_file="flickr8k/train.json",
+        BASE, dataset="captions", train_file="flickr8k/train.json",
         test_file="flickr8k/test_retrieval.json", image_root=["flickr8k/images"],
         model="tiny-resnet", image_size=32, epochs=4, batch_size=256, lr=1e-3, warmup=100,
         tau=0.05, mask_repeats=True),
@@ -86,10 +87,9 @@ RECIPES = {
 # Flags of each loss and their defaults; a flag that a loss does not use is refused.
 EMA = dict(gamma=0.8, gamma_schedule="constant")  # [V]
 STEP = dict(eta_schedule="const", tau=0.01)  # [V]
+CLIP = dict(tau=0.01, learn_tau="none", tau_bounds=(0.001, 0.5), tau_lr=None)  # [V]
 LOSSES = {
-    "clip": dict(tau=0.01, learn_tau="none", tau_bounds=(0.001, 0.5), tau_lr=None),  # [V]
-    "cyclip": dict(tau=0.01, learn_tau="none", tau_bounds=(0.001, 0.5), tau_lr=None),  # [V]
-    "vicreg": dict(),
+    "clip": CLIP, "cyclip": CLIP, "vicreg": {}, "siglip": dict(tau_lr=None),
     "sogclr": dict(EMA, tau=0.01, eps=1e-8),  # [V]
     "sogclr-dro": dict(EMA, **STEP, eps=1e-10, rho=6.0, eta=0.03, beta=0.9,
                        tau_bounds=(0.005, 1.0)),  # [V] their script; without it rho 8, eta 0.001
@@ -102,21 +102,17 @@ LOSSES = {
     "onlineclr": dict(EMA, tau=0.01),  # [V]
     "sogclr-mine": dict(EMA, tau=0.01, lambda_mi=0.0),  # [K]
     "hybrid": dict(EMA, tau=0.01),  # [V]
-    "siglip": dict(tau_lr=None),
     "fastclip": dict(gamma=0.2, gamma_schedule="cosine", tau=0.07, eps=1e-14, rho=6.5,  # [R]
                      tau_bounds=(0.001, 0.5), tau_lr=None),  # [K] bounds
 }
 NAMES = {"sogclr_dro": "sogclr-dro", "isogclr_new": "isogclr", "isogclr_new_v1": "isogclr-v1",
          "isogclr_new_v2": "isogclr-v2", "sogclr_mine": "sogclr-mine"}  # of the original
+TEXT = dict(context_length=20, vocab_size=49408, width=32, heads=1, layers=1)
 TINY = {  # towers for a CPU, built by open_clip's own classes
-    "tiny-resnet": dict(
-        embed_dim=128, vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=16,
-                                       head_width=32),
-        text_cfg=dict(context_length=20, vocab_size=49408, width=32, heads=1, layers=1)),
-    "tiny-vit": dict(
-        embed_dim=64, vision_cfg=dict(image_size=32, layers=2, width=64, head_width=32,
-                                      patch_size=8),
-        text_cfg=dict(context_length=20, vocab_size=49408, width=32, heads=1, layers=1)),
+    "tiny-resnet": dict(embed_dim=128, text_cfg=TEXT, vision_cfg=dict(
+        image_size=32, layers=[1, 1, 1, 1], width=16, head_width=32)),
+    "tiny-vit": dict(embed_dim=64, text_cfg=TEXT, vision_cfg=dict(
+        image_size=32, layers=2, width=64, head_width=32, patch_size=8)),
 }
 
 # ---------------------------------------------------------------------------------- loss
@@ -134,9 +130,7 @@ def log_(x):
 
 def negatives(own, B, same=None):
     """Mask (b, B) bool of the negatives: neither the own pair nor `same` (b, B), its repeats.
-
-    Raises: ValueError for fewer than two pairs, or a row without a negative.
-    """
+    Raises: ValueError for fewer than two pairs, or a row without a negative."""
     if B < 2:
         raise ValueError("a batch of 1 has no negatives: at least 2 pairs are needed")
     negative = torch.ones(len(own), B, dtype=torch.bool, device=own.device)
@@ -185,8 +179,7 @@ def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=Non
 
     Args: V (b, B) what is weighted, with gradient; z (b, B); floor: log of what is added to u, a
     number or (b,); terms: what is in the sums, the negatives by default. n counts negatives.
-    Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij.
-    """
+    Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij."""
     n, terms = negative.sum(1).to(z.dtype), negative if terms is None else terms
     log_u = log_average(log_u, log_mean(z, terms, n), gamma)  # E6, E7 as E10
     log_den = add(log_u, torch.as_tensor(floor, dtype=z.dtype, device=z.device))  # E11
@@ -196,9 +189,7 @@ def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=Non
 
 def clip(S, own, negative, tau, reduction="mean"):
     """Cross-entropy of the own pair in its row (E1); CLIP is the mean of both directions.
-
-    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none".
-    """
+    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none"."""
     # differs from the released code: there tau of row i divides column i ("personalized")
     logits = (S / tau).masked_fill(~with_own(negative, own), -math.inf)
     return F.cross_entropy(logits, own, reduction=reduction)
@@ -206,11 +197,8 @@ def clip(S, own, negative, tau, reduction="mean"):
 
 def cyclip(S_I, S_T, R_I, R_T, inside=0.25, cross=0.25):
     """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries, both directions at once.
-
-    Args: (b, B) each: image-text, text-image, image-image, text-text similarities of this rank.
-    """
-    b = len(S_I)
-    return (inside * (R_I - R_T).square().sum() + cross * (S_I - S_T).square().sum()) / b
+    Args: (b, B) each: image-text, text-image, image-image, text-text similarities of this rank."""
+    return (inside * (R_I - R_T).square().sum() + cross * (S_I - S_T).square().sum()) / len(S_I)
 
 
 def decorrelation(Z):
@@ -229,9 +217,7 @@ def vicreg(Z_I, Z_T, sim=25.0, std=25.0, cov=1.0):
 
 def sogclr(D, negative, log_u, b, tau, gamma, eps=1e-8):
     """SogCLR (E4 to E11); D from `difference`. eps: the floor is eps e^b, and may be 0.
-
-    Returns: L, log_u, b.
-    """
+    Returns: L, log_u, b."""
     z = D.detach() / tau  # E4
     b = torch.maximum(b, z.amax(1))  # E5
     L, log_u, *_ = estimate(D, z, log_u, gamma, negative, log_(eps) + b)
@@ -240,9 +226,7 @@ def sogclr(D, negative, log_u, b, tau, gamma, eps=1e-8):
 
 def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
     """iSogCLR as first released: the pair itself is in the sum, but n = B - 1.
-
-    Returns: L, log_u, b, G.
-    """
+    Returns: L, log_u, b, G."""
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
     L, log_u, _, mean_z = estimate(D, z, log_u, gamma, negative, log_(eps) + b,
@@ -252,9 +236,7 @@ def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
 
 def isogclr(D, negative, log_u, b, tau, gamma, rho, eps=1e-14):
     """iSogCLR with stored temperatures, or those of a network. Returns: L, log_u, b, G.
-
-    As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G.
-    """
+    As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G."""
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
     floor = log_(eps) - negative.sum(1).to(z.dtype).log() + b
@@ -271,9 +253,7 @@ def isogclr_v1(S, own, negative, log_u, tau, gamma, rho):
 
 def isogclr_v2(S, own, negative, log_u, b, log_r, tau, gamma, rho, lambd=1.0, eps=1e-8):
     """The variant with DRO on the positives too (E20). Returns: L, log_u, b, G.
-
-    log_r: log of r e^b_pos after this step, the average of what `positives` gives.
-    """
+    log_r: log of r e^b_pos after this step, the average of what `positives` gives."""
     z, d = S.detach() / tau[:, None], diagonal(S, own)
     b = torch.maximum(b, z.amax(1))
     L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, log_(eps) + b)
@@ -311,8 +291,7 @@ def info_sogclr(D, negative, log_u, tau, gamma, floor=0.0):
 
     InfoNCE over the data set has the pair itself in its denominator, 1 + (N - 1) u, so the floor
     is 1/(N - 1) (E27), N the number of texts for an image; 0 is SogCLR without eps.
-    Returns: L, log_u.
-    """
+    Returns: L, log_u."""
     return estimate(D, D.detach() / tau, log_u, gamma, negative, log_(floor))[:2]
 
 
@@ -326,9 +305,7 @@ def mine(S, own, negative, log_v, tau):
 
 def difficulty(S_I, S_T, own, negative, d, tau):
     """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau) over the global d (B,).
-
-    Times B/b: the gradients of the ranks are averaged.
-    """
+    Times B/b: the gradients of the ranks are averaged."""
     a = (-d.detach() / tau).softmax(0)[own]
     ce = [clip(S, own, negative, tau, "none") for S in (S_I, S_T)]
     return (a * (ce[0] + ce[1]) / 2).sum() * len(d) / len(own)
@@ -368,8 +345,6 @@ def eta_at(epoch, epochs, eta, schedule, eta_min=1e-4):
 
 def clean(caption, words=30):
     """The authors' caption cleaner."""
-    import re
-
     caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
     caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
     caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
@@ -381,9 +356,6 @@ class Shared:
 
     def __init__(self, pixels, of):
         self.pixels, self.of = pixels, of
-
-    def __len__(self):
-        return len(self.of)
 
     def __getitem__(self, rows):
         return self.pixels[self.of[rows]]
@@ -398,8 +370,8 @@ def first_rows(ids):
 class Pairs:
     """Captions of a table, whose rows are pairs; the ids are p (image) and q (caption, the row).
 
-    p (N,) int64 dense; text (N,) int64, equal for equal captions; tokens (N, L) int32, on the
-    device; captions (N), cleaned, and distinct, each once; images: a row of every image.
+    On the device: p (N,) int64 dense; text (N,) int64, equal for equal captions; tokens (N, L)
+    int32. captions, N texts, cleaned; distinct, how many differ; images, a row of every image.
     """
 
     def __init__(self, table, tokenizer, device, prepare=clean):
@@ -408,27 +380,22 @@ class Pairs:
         p = table.columns.get("image_id", torch.arange(len(table))).unique(return_inverse=True)[1]
         self.captions, known = [prepare(c) for c in table.captions], {}
         text = torch.tensor([known.setdefault(c, len(known)) for c in self.captions])
-        self.images, self.distinct = first_rows(p), list(known)
+        self.images, self.distinct = first_rows(p), len(known)
         self.N_I, self.N_T = len(self.images), len(p)
         self.crc = zlib.crc32("\n".join(self.captions).encode() + p.numpy().tobytes())
-        tokens = tokenize(tokenizer, self.captions)
+        tokens = torch.cat([tokenizer(self.captions[i:i + 10000]).int()  # half of int64
+                            for i in range(0, len(p), 10000)])
         self.p, self.text, self.tokens = p.to(device), text.to(device), tokens.to(device)
-
-
-def tokenize(tokenizer, captions):
-    """Captions to (N, L) int32, the width of the text tower; by blocks."""
-    return torch.cat([tokenizer(captions[i:i + 10000]).int()
-                      for i in range(0, len(captions), 10000)])
 
 
 def in_memory(data, table, limit=20000):
     """Decode the images of a small table once, to 1.5 times the training size."""
-    if table.paths is None or len(rows := first_rows(table.columns["image_id"])) > limit:
+    ids = table.columns.get("image_id")
+    if table.paths is None or ids is None or len(rows := first_rows(ids)) > limit:
         return
-    some, side = table.select(rows), round(1.5 * data.args.image_size)
-    x = [x.byte() for x in data.still_batches(some, torch.arange(len(some)), side, True)]
-    of = table.columns["image_id"].unique(return_inverse=True)[1]
-    table.images = Shared(torch.cat(x), of.to(data.device))
+    side = round(1.5 * data.args.image_size)
+    pixels = torch.cat([x.byte() for x in data.still_batches(table, rows, side, True)])
+    table.images = Shared(pixels, ids.unique(return_inverse=True)[1].to(data.device))
 
 
 # ---------------------------------------------------------------------------------- model
@@ -440,16 +407,17 @@ def towers(args):
         import open_clip
     except ImportError:
         raise common.BadInput("open_clip is not installed: pip install open_clip_torch") from None
-    file = args.pretrained is not None and Path(args.pretrained).suffix in (".pt", ".pth", ".bin")
+    file = Path(args.pretrained or "").suffix in (".pt", ".pth", ".bin")
     if args.model in TINY:
         c = TINY[args.model]
-        vision = open_clip.CLIPVisionCfg(**dict(c["vision_cfg"], image_size=args.image_size))
+        if args.pretrained and not file:
+            raise common.BadInput(f"--pretrained {args.pretrained}: {args.model} has no published "
+                                  "weights; name a file (.pt, .pth, .bin)")
+        size = args.image_size or c["vision_cfg"]["image_size"]
+        vision = open_clip.CLIPVisionCfg(**dict(c["vision_cfg"], image_size=size))
         clip = open_clip.CLIP(c["embed_dim"], vision, open_clip.CLIPTextCfg(**c["text_cfg"]))
         tokenizer = open_clip.SimpleTokenizer(context_length=c["text_cfg"]["context_length"])
-    elif args.model not in open_clip.list_models():
-        raise common.BadInput(f"--model {args.model}: use {', '.join(TINY)} or a name of "
-                              "open_clip.list_models()")
-    else:
+    elif args.model in open_clip.list_models():
         try:
             clip = open_clip.create_model(args.model, None if file else args.pretrained,
                                           force_image_size=args.image_size)
@@ -457,6 +425,9 @@ def towers(args):
         except Exception as error:  # of the network, the hub, torch.load
             raise common.BadInput(f"--model {args.model}, weights {args.pretrained}: {error}"
                                   ) from None
+    else:
+        raise common.BadInput(f"--model {args.model}: use {', '.join(TINY)} or a name of "
+                              "open_clip.list_models()")
     if file:  # a checkpoint of this file, or weights as open_clip saves them
         weights = common.read_checkpoint(args.pretrained)
         weights = weights.get("state", weights).get("model", weights.get("state_dict", weights))
@@ -475,16 +446,15 @@ class Towers(nn.Module):
     def __init__(self, clip, unit=True):
         super().__init__()
         self.clip, self.unit = clip, unit
-        for name in ("logit_scale", "logit_bias"):  # the temperature is part of the loss here
-            if getattr(clip, name, None) is not None:
-                getattr(clip, name).requires_grad_(False)
+        for name, parameter in clip.named_parameters():
+            if name in ("logit_scale", "logit_bias"):  # the temperature is part of the loss here
+                parameter.requires_grad_(False)
 
     def forward(self, images=None, tokens=None):
         """Either, or both."""
         out = [] if images is None else [self.clip.encode_image(images)]
         out += [] if tokens is None else [self.clip.encode_text(tokens)]
-        out = [y if y.dtype == torch.float64 else y.float() for y in out]
-        return [F.normalize(y, dim=1) if self.unit else y for y in out]
+        return [F.normalize(y.float(), dim=1) if self.unit else y.float() for y in out]
 
 
 class TempNet(nn.Module):
@@ -537,8 +507,10 @@ class Table(nn.Module):
         ids = common.gather(ids)
         last = len(ids) - 1 - first_rows(ids.flip(0))
         for name, value in values.items():
-            getattr(self, name)[ids[last]] = common.gather(value.detach())[last].to(
-                getattr(self, name).dtype)
+            getattr(self, name)[ids[last]] = common.gather(value.detach())[last]
+
+
+AVERAGES = {"onlineclr": ("log_n", "log_p"), "sogclr-mine": ("log_v",), "isogclr-v2": ("log_r",)}
 
 
 class Objective(nn.Module):
@@ -549,22 +521,19 @@ class Objective(nn.Module):
 
     def __init__(self, args, pairs, D):
         super().__init__()
-        self.args, loss = args, args.loss
+        self.args, loss, flags, start = args, args.loss, LOSSES[args.loss], {}
         self.about = dict(images=pairs.N_I, captions=pairs.N_T, crc=pairs.crc)
-        start = {}
-        if "gamma" in LOSSES[loss] and loss != "onlineclr":
+        if "gamma" in flags and loss != "onlineclr":
             start["log_u"] = -math.inf
-        if "eps" in LOSSES[loss] and loss != "fastclip":
+        if "eps" in flags and loss != "fastclip":
             start["b"] = 0
-        if "eta" in LOSSES[loss]:
+        if "eta" in flags:
             start.update(tau=args.tau, v=0)
         self.I, self.T = Table(pairs.N_I, **start), Table(pairs.N_T, **start)
-        for name in {"onlineclr": ["log_n", "log_p"], "sogclr-mine": ["log_v"],
-                     "isogclr-v2": ["log_r"]}.get(loss, []):
+        for name in AVERAGES.get(loss, ()):
             self.register_buffer(name, torch.tensor(-math.inf))
-        if loss == "hybrid":
-            for table in (self.I, self.T):
-                table.register_buffer("bank", torch.zeros(table.N, D))
+        for table in (self.I, self.T) if loss == "hybrid" else ():
+            table.register_buffer("bank", torch.zeros(table.N, D))
         if loss in ("isogclr-tempnet", "isogclr-v1"):
             M = 256 if loss == "isogclr-tempnet" else 64
             self.net_I, self.net_T = (TempNet(D, M, args.tau_bounds) for _ in "IT")
@@ -586,7 +555,7 @@ class Objective(nn.Module):
             raise ValueError(f"its tables belong to other data: {state}, here {self.about}")
 
     def forward(self, x, t, p, q, own, step, epoch, same=None):
-        """Loss of this rank's pairs and what to log.
+        """Loss of this rank's pairs, and what to log: scalars, to be averaged over the ranks.
 
         Args: x, t (b, D) features; p, q (b,) ids; own (b,) rows in the global batch; step; epoch
         from 0; same (b, B) mask of repeats, or None.
@@ -594,6 +563,7 @@ class Objective(nn.Module):
         """
         args, loss = self.args, self.args.loss
         X, Y = common.gather(x), common.gather(t)  # (B, D), with gradient
+        common.all_finite(step, images=X[None], texts=Y[None])
         try:
             negative = negatives(own, len(X), same)
         except ValueError as error:
@@ -605,100 +575,89 @@ class Objective(nn.Module):
             return vicreg(X, Y), {}
         if loss == "siglip":
             s = self.log_s.exp()
-            return siglip(S_I, own, negative, s, self.c), dict(tau=1 / s.item())
+            return siglip(S_I, own, negative, s, self.c), dict(tau=1 / s)
         if loss in ("clip", "cyclip"):
-            tau_I = tau_T = self.tau if args.learn_tau == "global" else torch.tensor(args.tau)
+            tau_I = tau_T = self.tau if args.learn_tau == "global" else x.new_full((), args.tau)
             if args.learn_tau == "sample":
                 tau_I, tau_T = self.tau_I[p][:, None], self.tau_T[q][:, None]
             L = (clip(S_I, own, negative, tau_I) + clip(S_T, own, negative, tau_T)) / 2
             if loss == "cyclip":
                 L = L + cyclip(S_I, S_T, x @ X.T, t @ Y.T)
-            return L, dict(tau=tau_I.mean().item())
+            return L, dict(tau=tau_I.mean())
         gamma = gamma_at(epoch, args.epochs, args.gamma, args.gamma_schedule)
         self.averages(S_I, own, negative, gamma, epoch)
-        stats = dict(gamma=gamma)
-        sides = [SimpleNamespace(
-            name=name, f=f, ids=ids, S=S, own=own, negative=negative, step=step, epoch=epoch,
-            gamma=gamma, table=table, other=other, other_ids=others)
-            for name, f, ids, S, table, other, others in (
-                ("I", x, p, S_I, self.I, self.T, q), ("T", t, q, S_T, self.T, self.I, p))]
+        both = dict(own=own, negative=negative, step=step, epoch=epoch, gamma=gamma)
+        I = SimpleNamespace(name="I", f=x, ids=p, S=S_I, table=self.I, **both)
+        T = SimpleNamespace(name="T", f=t, ids=q, S=S_T, table=self.T, **both)
         if loss == "hybrid":
-            return self.hybrid(*sides, X, Y)
-        L = 0.0
-        for side in sides:
-            part, values = self.direction(side)
-            L = L + part
-            stats.update({f"{k}_{side.name}": v.mean().item() for k, v in values.items()
-                          if k != "b"})
+            return self.hybrid(I, T, X, Y)
+        (L_I, stats), (L_T, more) = self.direction(I, self.T.N), self.direction(T, self.I.N)
+        stats = dict(gamma=x.new_full((), gamma, dtype=torch.float64), **stats, **more)
         if loss == "sogclr-mine":  # estimates of the mutual information in nats, not bounds
             stats["mi_gcl"] = -(stats["log_u_I"] + stats["log_u_T"]) / 2
-            stats["mi_dv"] = (diagonal(S_I, own).mean() / args.tau
-                              - self.scalars["log_v"]).item()
-        return L, stats
+            stats["mi_dv"] = diagonal(S_I, own).mean() / args.tau - self.scalars["log_v"]
+        return L_I + L_T, stats
 
     @torch.no_grad()
     def averages(self, S, own, negative, gamma, epoch):
         """New values of what is one average for the whole data set, from all ranks' rows."""
-        tau, loss = self.args.tau, self.args.loss
-        if loss == "onlineclr":
-            n, p = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0)
-            new = dict(log_n=n + math.log(2), log_p=p + math.log(2))  # E21
-        elif loss == "sogclr-mine":
+        tau, loss, new = self.args.tau, self.args.loss, ()
+        if loss == "onlineclr":  # E21
+            new = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0) + math.log(2)
+        elif loss == "sogclr-mine":  # E24
             g = common.gather(log_mean(S / tau, negative, negative.sum(1).to(S.dtype)))  # (B,)
-            new = dict(log_v=g.logsumexp(0) - math.log(len(g)))  # E24
-        elif loss == "isogclr-v2":
-            new = dict(log_r=positives(common.gather(diagonal(S, own))))
-        else:
-            return
-        for name, value in new.items():
+            new = [g.logsumexp(0) - math.log(len(g))]
+        elif loss == "isogclr-v2":  # E20
+            new = [positives(common.gather(diagonal(S, own)))]
+        for name, value in zip(AVERAGES.get(loss, ()), new):
             old = getattr(self, name)
-            first = loss != "onlineclr" and (epoch == 0 or old == -math.inf)
-            self.scalars[name] = log_average(old, value, 1.0 if first else gamma)
+            weight = gamma if loss == "onlineclr" else self.first_visit(old, epoch, gamma)
+            self.scalars[name] = log_average(old, value, weight)
 
-    def direction(self, side):
-        """Loss of one direction, and the new values of its anchors' state."""
-        args, loss, own, negative = self.args, self.args.loss, side.own, side.negative
+    def direction(self, side, N):
+        """Loss of one direction, whose anchors meet N texts (or images), and what to log."""
+        args, loss, S, own, negative = self.args, self.args.loss, side.S, side.own, side.negative
         if loss == "onlineclr":
-            return onlineclr(side.S, own, negative, **self.scalars, tau=args.tau), {}
-        old, new, S, D = side.table[side.ids], {}, side.S, difference(side.S, own)
-        tau = args.tau
-        u = dict(log_u=old.log_u, gamma=self.first_visit(old.log_u, side.epoch, side.gamma))
-        if "b" in vars(old):
-            u.update(b=old.b, eps=args.eps)
-        if loss == "sogclr":
-            L, new["log_u"], new["b"] = sogclr(D, negative, tau=args.tau, **u)
-        elif loss == "sogclr-mine":
-            L, new["log_u"] = info_sogclr(D, negative, tau=args.tau, **u,
-                                          floor=1 / max(1, side.other.N - 1))
-            if args.lambda_mi > 0:
-                L = (1 - args.lambda_mi) * L + args.lambda_mi * mine(
-                    S, own, negative, self.scalars["log_v"], args.tau)  # E26
+            return onlineclr(S, own, negative, **self.scalars, tau=args.tau), {}
+        old, D = side.table[side.ids], difference(S, own)
+        net = getattr(self, f"net_{side.name}", None)
+        # from a network (b,), with gradient; a parameter; stored, one per id (b,); or a number
+        tau = (self.predict(net, side) if net is not None else
+               self.tau if loss == "fastclip" else getattr(old, "tau", args.tau))
+        learnt = torch.is_tensor(tau)
+        known = dict(log_u=old.log_u, tau=tau.detach() if learnt else tau,
+                     gamma=self.first_visit(old.log_u, side.epoch, side.gamma))
+        known.update({k: getattr(args, k) for k in ("eps", "rho") if k in LOSSES[loss]})
+        if hasattr(old, "b"):
+            known["b"] = old.b
+
+        L, *new = {  # L, log_u, then b and G where there are such
+            "sogclr": lambda: sogclr(D, negative, **known),
+            "sogclr-dro": lambda: sogclr_dro(D, own, negative, **known),
+            "isogclr": lambda: isogclr(D, negative, **known),
+            "isogclr-tempnet": lambda: isogclr(D, negative, **known),
+            "isogclr-v1": lambda: isogclr_v1(S, own, negative, **known),
+            "isogclr-v2": lambda: isogclr_v2(S, own, negative, **known, **self.scalars),
+            "sogclr-mine": lambda: info_sogclr(D, negative, **known, floor=1 / max(1, N - 1)),
+            "fastclip": lambda: fastclip(D, negative, **known),
+        }[loss]()
+        G = new.pop() if learnt else None  # (b,), without gradient
+        new = dict(zip(("log_u", "b"), new))
+        if loss == "sogclr-mine" and args.lambda_mi > 0:
+            other = mine(S, own, negative, self.scalars["log_v"], args.tau)
+            L = (1 - args.lambda_mi) * L + args.lambda_mi * other  # E26
         elif loss == "fastclip":
-            tau = self.tau.detach()
-            L, new["log_u"], G = fastclip(D, negative, tau=tau, rho=args.rho, eps=args.eps, **u)
-            L = L + G.mean() * self.tau  # G has no gradient
-        else:  # a temperature per sample, stored or from a network
-            net = getattr(self, f"net_{side.name}", None)
-            tau = old.tau if net is None else self.predict(net, side)
-            u.update(tau=tau.detach(), rho=args.rho)
-            if loss == "sogclr-dro":
-                L, new["log_u"], new["b"], G = sogclr_dro(D, own, negative, **u)
-            elif loss == "isogclr-v1":
-                L, new["log_u"], G = isogclr_v1(S, own, negative, **u)
-            elif loss == "isogclr-v2":
-                L, new["log_u"], new["b"], G = isogclr_v2(S, own, negative, **u, **self.scalars)
-            else:
-                L, new["log_u"], new["b"], G = isogclr(D, negative, **u)
-            if net is not None:
-                L = L + (G * tau).mean()  # only this trains the network; G is not clipped
-            else:
-                eta = eta_at(side.epoch, args.epochs, args.eta, args.eta_schedule)
-                new["tau"], new["v"] = temperature_step(
-                    tau, old.v, G, args.beta, eta, args.tau_bounds,
-                    math.inf if loss == "isogclr-v2" else 5.0)
+            L = L + G.mean() * tau
+        elif net is not None:
+            L = L + (G * tau).mean()  # only this trains the network; G is not clipped
+        elif learnt:
+            eta = eta_at(side.epoch, args.epochs, args.eta, args.eta_schedule)
+            new["tau"], new["v"] = temperature_step(
+                tau, old.v, G, args.beta, eta, args.tau_bounds,
+                math.inf if loss == "isogclr-v2" else 5.0)
         self.pending.append((side.table, side.ids, new))
-        shown = dict(tau=tau.detach()) if torch.is_tensor(tau) else {}  # of this step
-        return L, {**new, **shown}
+        shown = dict(new, tau=known["tau"]) if learnt else new  # tau of this step, not the new one
+        return L, {f"{k}_{side.name}": v.mean() for k, v in shown.items() if k != "b"}
 
     def predict(self, net, side):
         """tau (b,) of a network; its first prototypes are features of the first batch."""
@@ -714,17 +673,16 @@ class Objective(nn.Module):
     def hybrid(self, I, T, X, Y):
         """HybridSogCLR as intended (E23a-c). The reading of its mathematics is this project's:
         the released code computes something else, and on most steps nothing."""
-        own, negative = I.own, I.negative
+        (B, D), own, negative = X.shape, I.own, I.negative
         with torch.no_grad():  # unbiased std of all B^2 similarities
-            B, D = X.shape
             mean = common.total(I.S.sum()) / B ** 2
             std = (common.total((I.S - mean).square().sum()) / (B ** 2 - 1)).sqrt()
             tau = self.args.tau * (1 + std.tanh())
         base = 0.0
-        for side in (I, T):
+        for side, other in ((I, T), (T, I)):
             old = side.table[side.ids]
-            rows = self.bank_rows(side.other, common.gather(side.other_ids), side.step)
-            S = torch.cat([side.S, side.f @ side.other.bank[rows].T], 1)  # (b, B + K)
+            rows = self.bank_rows(other.table, common.gather(other.ids), side.step)
+            S = torch.cat([side.S, side.f @ other.table.bank[rows].T], 1)  # (b, B + K)
             mask = torch.cat([negative, negative.new_ones(len(S), len(rows))], 1)
             L, log_u = info_sogclr(difference(S, own), mask, old.log_u, tau,
                                    self.first_visit(old.log_u, side.epoch, side.gamma))  # E23a
@@ -735,8 +693,7 @@ class Objective(nn.Module):
         d = common.gather(diagonal(I.S.detach(), own))
         diff = difficulty(I.S, T.S, own, negative, d, tau)  # E23c
         # 0.1 tau: base is in units of similarity, diff in nats
-        return base + 0.1 * cov + 0.1 * tau * diff, dict(
-            tau=tau.item(), base=base.item(), cov=cov.item(), diff=diff.item())
+        return base + 0.1 * cov + 0.1 * tau * diff, dict(tau=tau, base=base, cov=cov, diff=diff)
 
     def bank_rows(self, table, batch, step, K=1024):
         """At most K random rows of a bank that were seen, and are not in this batch."""
@@ -757,9 +714,9 @@ class Objective(nn.Module):
     @torch.no_grad()
     def clamp(self):
         """Keep learnable temperatures in their bounds, before every forward pass."""
-        for name in ("tau", "tau_I", "tau_T"):
-            if name in self._parameters:
-                getattr(self, name).clamp_(*self.args.tau_bounds)
+        for name, parameter in self.named_parameters():
+            if name in ("tau", "tau_I", "tau_T"):
+                parameter.clamp_(*self.args.tau_bounds)
 
     @torch.no_grad()
     def update(self):
@@ -782,17 +739,15 @@ def bank_row(row, f, seen, m):
 
 def optimizer(args, model, objective):
     """AdamW (or SGD); no weight decay for vectors, biases and temperatures."""
-    towers = [p for p in model.named_parameters() if p[1].requires_grad]
-    small = [name.endswith(".bias") or p.ndim < 2 for name, p in towers]
-    nets = [p for n, p in objective.named_parameters() if n.startswith("net_")]
+    towers = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    vectors = {n for n, p in towers if n.endswith(".bias") or p.ndim < 2}
+    own = [(n.startswith("net_"), p) for n, p in objective.named_parameters()]
     scale = 1.0 if args.tau_lr is None else args.tau_lr / args.lr
     groups = [
-        dict(params=[p for (_, p), s in zip(towers, small, strict=True) if not s], scale=1.0),
-        dict(params=[p for (_, p), s in zip(towers, small, strict=True) if s], weight_decay=0.0,
-             scale=1.0),
-        dict(params=nets, weight_decay=1e-3, scale=scale),  # [F]
-        dict(params=[p for n, p in objective.named_parameters() if not n.startswith("net_")],
-             weight_decay=0.0, scale=scale)]
+        dict(params=[p for n, p in towers if n not in vectors], scale=1.0),
+        dict(params=[p for n, p in towers if n in vectors], scale=1.0, weight_decay=0.0),
+        dict(params=[p for net, p in own if net], scale=scale, weight_decay=1e-3),  # [F]
+        dict(params=[p for net, p in own if not net], scale=scale, weight_decay=0.0)]
     groups = [g for g in groups if g["params"]]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov,
@@ -813,17 +768,16 @@ def first_hit(S, relevant):
 
 
 def recall(rank, relevant, N, name, ks=(1, 5, 10)):
-    """R@k in percent of the queries, their mean, and what a random order would give.
+    """R@k in percent of the queries and their mean, and what a random order would give.
 
     Args: rank (Q,) from `first_hit`; relevant (Q,) number of relevant among N.
     """
-    counts = relevant.unique(return_counts=True)
     result, chance = {}, {}
     for k in (min(k, N) for k in ks):
+        i = torch.arange(k, device=rank.device)
+        missed = ((N - relevant[:, None] - i).clamp(min=0) / (N - i).double()).prod(1)  # (Q,)
         result[f"{name}@{k}"] = 100 * (rank < k).double().mean().item()
-        chance[f"{name}@{k}"] = 100 * sum(
-            n * (1 - math.comb(N - m, k) / math.comb(N, k))
-            for m, n in zip(*(c.tolist() for c in counts), strict=True)) / len(rank)
+        chance[f"{name}@{k}"] = 100 * (1 - missed.mean().item())
     for found in (result, chance):
         found[f"{name} mean"] = sum(found.values()) / len(found)
     return result, chance
@@ -847,9 +801,9 @@ def retrieval(X, Y, image_group, text_group, block=2 ** 25):
                 raise common.BadInput("an image of the test set has no caption")
             ranks.append(first_hit(query[rows] @ bank.T, relevant))
             counts.append(relevant.sum(1))
-        for all_, new in zip((result, chance), recall(torch.cat(ranks), torch.cat(counts),
-                                                      len(bank), name), strict=True):
-            all_.update(new)
+        found = recall(torch.cat(ranks), torch.cat(counts), len(bank), name)
+        result.update(found[0])
+        chance.update(found[1])
     for found in (result, chance):
         found["mean"] = (found["TR mean"] + found["IR mean"]) / 2
     return result, chance
@@ -861,18 +815,18 @@ def class_weights(prompts):
 
 
 @torch.no_grad()
-def encode(model, tokens, device, block=256):
-    """Unit features (n, D) of tokens (n, L); every rank computes all."""
+def encode(model, tokens, block=256):
+    """Unit features (n, D) of tokens (n, L) on the device; every rank computes all."""
     was_training = model.training
     model.eval()
-    Y = torch.cat([model(tokens=part.to(device))[0] for part in tokens.split(block)])
+    Y = torch.cat([model(tokens=part)[0] for part in tokens.split(block)])
     model.train(was_training)
     return F.normalize(Y, dim=1)
 
 
-def prompts_of(args, table):
-    """Class names and templates (with {}) of the zero-shot classification."""
-    names, templates = table.classes[args.label], []
+def prompts_of(args, classes):
+    """Names of the classes and templates (with {}) of the zero-shot classification."""
+    names, templates = classes, []
     if args.dataset == "shapes":
         templates = [f"a {s} {c} {{}} on a {b} background" for s in common.SIZES
                      for c in common.COLOURS for b in common.PATTERNS]
@@ -880,14 +834,14 @@ def prompts_of(args, table):
         from open_clip import IMAGENET_CLASSNAMES as names
     elif args.class_names:
         try:
-            lines = Path(args.class_names).read_text().split("\n")
+            lines = [s.strip() for s in Path(args.class_names).read_text().split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise common.BadInput(f"--class-names {args.class_names}: {error}") from None
-        names = [s.strip() for s in lines if s.strip() and "{}" not in s]
-        templates = [s.strip() for s in lines if "{}" in s] or templates
-    if len(names) != len(table.classes[args.label]):
+        names = [s for s in lines if s and "{}" not in s]
+        templates = [s for s in lines if "{}" in s] or templates
+    if len(names) != len(classes):
         raise common.BadInput(f"--class-names {args.class_names}: {len(names)} names for "
-                              f"{len(table.classes[args.label])} classes")
+                              f"{len(classes)} classes")
     if not templates:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
@@ -907,73 +861,63 @@ def scores(model, tokenizer, data, pairs, prepare=clean):
     square = "image_id" in table.columns
     images = table.select(pairs.images) if pairs else table
     X = common.features(model, data, images, square, pick=lambda out: out[0], unit=True)
+    zeros = [(~X.any(1)).sum().item(), 0]
     if pairs:
-        texts = torch.arange(pairs.N_T) if square else first_rows(pairs.text.cpu())
-        groups = (torch.arange(len(X)), pairs.p.cpu()) if square else (
-            pairs.text.cpu()[pairs.images], pairs.text.cpu()[texts])
-        groups = [g.to(data.device) for g in groups]
-        Y = encode(model, pairs.tokens[texts.to(data.device)], data.device)
+        texts = torch.arange(pairs.N_T) if square else first_rows(pairs.text)
+        groups = (torch.arange(len(X), device=data.device), pairs.p) if square else (
+            pairs.text[pairs.images], pairs.text[texts])
+        Y = encode(model, pairs.tokens[texts])
+        zeros[1] = (~Y.any(1)).sum().item()
         result, chance = retrieval(X, Y, *groups)
         found = (X, Y, *groups, texts)
-    y = images.columns.get(args.label, torch.full((len(X),), -1)).to(data.device)
-    if table.classes.get(args.label) and (y >= 0).any():
-        names, templates = prompts_of(args, table)
-        texts = [prepare(t.format(c)) for c in names for t in templates]
-        Z = encode(model, tokenize(tokenizer, texts), data.device).unflatten(0, (len(names), -1))
-        logits = X[y >= 0] @ class_weights(Z).T
+    classes, y = table.classes.get(args.label), images.columns.get(args.label)
+    if classes and y is not None and (known := (y >= 0).to(data.device)).any():
+        if args.zs_original:
+            own = copy.copy(data)
+            own.args = copy.copy(args)
+            own.args.mean, own.args.std = common.MEAN_STD.get(args.dataset, common.IMAGENET)
+            X = common.features(model, own, images, square, pick=lambda out: out[0], unit=True)
+        names, templates = prompts_of(args, classes)
+        tokens = tokenizer([prepare(t.format(c)) for c in names for t in templates])
+        Z = encode(model, tokens.to(data.device)).unflatten(0, (len(names), -1))
         ks = (1, min(5, len(names)))
-        right = common.accuracy(logits, y[y >= 0], ks)
-        result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right, strict=True)})
+        right = common.accuracy(X[known] @ class_weights(Z).T, y.to(data.device)[known], ks)
+        result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right)})
         chance.update({f"zero-shot top-{k}": 100 * k / len(names) for k in ks})
+    if any(zeros) and not getattr(data, "warned", False):
+        data.warned = True  # once a run
+        common.say(f"warning: {zeros[0]} features of images, {zeros[1]} of captions are zero")
     return result, chance, found
 
 
-def pyplot():
-    """matplotlib's, without a screen; None if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def retrieval_picture(path, data, pairs, found, seed, rows=5):
+def retrieval_picture(path, data, pairs, found, rows=5):
     """PNG: images with their best captions, captions with their best images; green = right."""
-    if (plt := pyplot()) is None:
+    if (plt := common.pyplot()) is None:
         return
     X, Y, image_group, text_group, texts = found
-    g = common.generator(seed, 0, "picture")
-    some = torch.randperm(len(X), generator=g)[:rows]
-    ask = torch.randperm(len(Y), generator=g)[:rows]
-    k_T, k_I = min(3, len(Y)), min(6, len(X))
-    best_T = common.top_k(X[some.to(X.device)], Y, k_T)[1].cpu()
-    best_I = common.top_k(Y[ask.to(X.device)], X, k_I)[1].cpu()
-    table, image_group, text_group = data.test, image_group.cpu(), text_group.cpu()
-
-    def pixels(images):
-        x = data.still_batches(table, pairs.images[images], data.args.image_size, True)
-        return torch.cat(list(x)).cpu().byte().permute(0, 2, 3, 1).numpy()
-
-    figure, axes = plt.subplots(2 * len(some), k_I, figsize=(2 * k_I, 4 * len(some)),
-                                squeeze=False)
+    g = common.generator(data.args.seed, 0, "picture")
+    some, ask = (torch.randperm(len(Z), generator=g)[:rows] for Z in (X, Y))
+    best_T = common.top_k(X[some], Y, min(3, len(Y)))[1].tolist()
+    best_I = common.top_k(Y[ask], X, min(6, len(X)))[1].cpu()
+    shown = pairs.images[torch.cat([some, best_I.flatten()])]
+    pixels = torch.cat(list(data.still_batches(data.test, shown, data.args.image_size, True)))
+    sheet = iter(pixels.byte().cpu().permute(0, 2, 3, 1))  # in the order of drawing
+    n = len(some) + len(ask)
+    figure, axes = plt.subplots(n, 6, figsize=(12, 2 * n))
     for axis in axes.flat:
         axis.axis("off")
-    for i, image in enumerate(pixels(some)):
-        axes[i, 0].imshow(image)
-        for j, text in enumerate(best_T[i].tolist()):
-            right = text_group[text] == image_group[some[i]]
-            axes[i, 1].text(0, 0.8 - 0.35 * j, pairs.captions[texts[text]],
-                            color="green" if right else "firebrick", fontsize=9)
-    for i, query in enumerate(ask.tolist()):
-        for axis, image, j in zip(axes[len(some) + i], pixels(best_I[i]), best_I[i].tolist()):
-            axis.imshow(image)
-            if image_group[j] == text_group[query]:
+    for line, i, best in zip(axes, some, best_T):
+        line[0].imshow(next(sheet))
+        for j, text in enumerate(best):
+            colour = "green" if text_group[text] == image_group[i] else "firebrick"
+            line[1].text(0, 0.8 - 0.35 * j, pairs.captions[texts[text]], color=colour, fontsize=9)
+    for line, text, best in zip(axes[len(some):], ask, best_I):
+        line[0].set_title(pairs.captions[texts[text]], fontsize=9, loc="left")
+        for axis, i in zip(line, best):
+            axis.imshow(next(sheet))
+            if image_group[i] == text_group[text]:
                 axis.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, lw=5, color="green",
                                              transform=axis.transAxes))
-        axes[len(some) + i, 0].set_title(pairs.captions[texts[query]], fontsize=9, loc="left")
     figure.suptitle("best captions of an image, best images of a caption; green: right" + (
         " (synthetic)" if data.args.dataset == "shapes" else ""), fontsize=10)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.01, top=0.95)
@@ -983,22 +927,18 @@ def retrieval_picture(path, data, pairs, found, seed, rows=5):
 
 def tau_picture(path, objective, model, data, pairs):
     """PNG: histogram of the temperatures of images and texts, where they have their own."""
+    tau = [getattr(objective, f"tau_{side}", getattr(getattr(objective, side), "tau", None))
+           for side in "IT"]
     if hasattr(objective, "net_I"):  # of the test set
         X = common.features(model, data, data.test.select(pairs.images), True,
                             pick=lambda out: out[0])
-        tau = objective.net_I(X), objective.net_T(encode(model, pairs.tokens, data.device))
-    elif hasattr(objective, "tau_I"):
-        tau = objective.tau_I, objective.tau_T
-    elif hasattr(objective.I, "tau"):
-        tau = objective.I.tau, objective.T.tau
-    else:
+        tau = [objective.net_I(X), objective.net_T(encode(model, pairs.tokens))]
+    if tau[0] is None or common.rank() > 0 or (plt := common.pyplot()) is None:
         return
-    if common.rank() > 0 or (plt := pyplot()) is None:
-        return
-    tau = [x.detach().double().cpu() for x in tau]
-    edges = torch.cat(tau).min().item() * 0.99, torch.cat(tau).max().item() * 1.01
+    tau = [x.detach().double().cpu().numpy() for x in tau]
+    edges = 0.99 * min(x.min() for x in tau), 1.01 * max(x.max() for x in tau)
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    axis.hist([x.numpy() for x in tau], bins=40, range=edges, label=["images", "texts"])
+    axis.hist(tau, 40, edges, label=["images", "texts"])
     axis.set(xlabel="tau", ylabel="samples", title=f"{data.args.loss}, {data.args.dataset}")
     axis.legend()
     figure.tight_layout()
@@ -1021,7 +961,7 @@ def train(args):
     clip, tokenizer = towers(args)
     pairs, test = (Pairs(t, tokenizer, device) for t in (data.train, data.test))
     model = Towers(clip, unit=args.loss != "vicreg").to(device, memory_format=common.layout(args))
-    D = encode(model, pairs.tokens[:1], device).shape[1]
+    D = encode(model, pairs.tokens[:1]).shape[1]
     objective = Objective(args, pairs, D).to(device)
     network = common.ddp(model, args)
     opt, scaler = optimizer(args, model, objective), common.scaler(args, device)
@@ -1031,7 +971,7 @@ def train(args):
     spec = common.augmentation(args)
 
     if first_step == 0:
-        common.say(f"{pairs.N_T} captions of {pairs.N_I} images, {len(pairs.distinct)} distinct; "
+        common.say(f"{pairs.N_T} captions of {pairs.N_I} images, {pairs.distinct} distinct; "
                    f"test: {test.N_T} of {test.N_I}")
         with log.pause():
             log.write(step=0, **scores(model, tokenizer, data, test)[0])
@@ -1059,7 +999,7 @@ def train(args):
         objective.average_gradients()
         scaler.step(opt)
         scaler.update()
-        log(step, loss=value, lr=lr, **stats)
+        log(step, loss=value, lr=lr, **common.means(stats))
 
         if data.end_of_epoch(step, every=args.knn_every):
             with log.pause():
@@ -1081,19 +1021,20 @@ def finish(log, args, objective, model, tokenizer, data, test, first_step):
     lines = []
     if not common.stopping():
         result, chance, found = scores(model, tokenizer, data, test)
-        tau_picture(Path(args.out) / "tau.png", objective, model, data, test)
-    if not common.stopping() and common.rank() == 0:
-        retrieval_picture(f"{args.out}/retrieval.png", data, test, found, args.seed)
-        before = log.records()[0]
-        lines = [f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   "
-                 f"(chance {chance[name]:.2f} %)" for name, value in result.items()
-                 if name.endswith(("@1", "top-1", "mean"))]
+        tau_picture(f"{args.out}/tau.png", objective, model, data, test)
+        if common.rank() == 0:
+            retrieval_picture(f"{args.out}/retrieval.png", data, test, found)
+            before = log.records()[0]
+            lines = [f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   "
+                     f"(chance {chance[name]:.2f} %)" for name, value in result.items()
+                     if name.endswith(("@1", "top-1", "mean"))]
     lines += [f"  queries      {args.out}/retrieval.png",
               f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"]
-    panels = [(name, name + " (%)") for name in ("mean", "zero-shot top-1")]
-    panels += [("tau", "tau"), ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")]
-    common.summary(log, args, f"{args.loss} on {args.dataset}, {args.model}, batch "
-                   f"{args.batch_size}", first_step, more=lines, panels=panels)
+    common.summary(
+        log, args, f"{args.loss} on {args.dataset}, {args.model}, batch {args.batch_size}",
+        first_step, more=lines, panels=[
+            ("mean", "mean (%)"), ("zero-shot top-1", "zero-shot top-1 (%)"), ("tau", "tau"),
+            ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")])
 
 
 def evaluate(args):
@@ -1102,42 +1043,39 @@ def evaluate(args):
     published = args.evaluate.startswith("openclip:")
     if published:
         args.model, _, tag = args.evaluate.removeprefix("openclip:").partition("/")
-        args.pretrained = tag or None
+        args.pretrained, trained_on, prepare = tag or None, "captions", str  # texts as they are
         folder = Path("runs") / f"openclip-{args.model}-{Path(tag).stem}"
-        args.image_size = args.image_size if "image_size" in given else None
+        if "image_size" not in given:
+            args.image_size = None  # that of the model
     else:
         checkpoint, folder = common.read_checkpoint(args.evaluate), Path(args.evaluate).parent
         if checkpoint.get("method") != args.method:
             raise common.BadInput(f"{args.evaluate} is no checkpoint of {args.method}.py")
-        old, keep = checkpoint["args"], ["model", "loss", "image_size"]
+        old, keep = checkpoint["args"], ["model", "loss", "image_size", "mean", "std"]
         if "dataset" not in given or args.dataset == old["dataset"]:
             keep += ["dataset", "data_dir", "train_file", "test_file", "image_root", "classes",
-                     "label", "mean", "std"]
+                     "label"]
         for name in set(keep) - given:
             setattr(args, name, old[name])
-        args.pretrained = args.evaluate
+        args.pretrained, trained_on, prepare = args.evaluate, old["dataset"], clean
+    mean, std = common.MEAN_STD.get(trained_on, common.IMAGENET)  # whatever the data set is now
+    args.mean, args.std = args.mean or list(mean), args.std or list(std)
     args.batch_size = int(os.environ.get("WORLD_SIZE", 1))
     device = common.setup(args)
     clip, tokenizer = towers(args)
-    if args.image_size is None:
-        size = clip.visual.image_size
-        args.image_size = size if isinstance(size, int) else size[0]
-    if published:
-        mean, std = common.MEAN_STD["captions"]
-        args.mean, args.std = args.mean or list(mean), args.std or list(std)
+    size = args.image_size or clip.visual.image_size
+    args.image_size = size if isinstance(size, int) else size[0]
     data = common.load(args, device)
-    model = Towers(clip).to(device)
-    prepare = str if published else clean  # what the texts of their training were
     pairs = Pairs(data.test, tokenizer, device, prepare) if data.test.captions else None
-    result, chance, found = scores(model, tokenizer, data, pairs, prepare)
-    folder = Path(args.out) if "out" in given else folder
+    result, chance, found = scores(Towers(clip).to(device), tokenizer, data, pairs, prepare)
     if common.rank() == 0:
+        folder = Path(args.out) if "out" in given else folder
+        path = folder / f"evaluate-{args.dataset}.json"
         text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,
                                chance=chance, args=common.plain(args)), indent=1)
-        path = folder / f"evaluate-{args.dataset}.json"
         common.replace(path, lambda file: file.write(text.encode()))
         if found:
-            retrieval_picture(path.with_suffix(".png"), data, pairs, found, args.seed)
+            retrieval_picture(path.with_suffix(".png"), data, pairs, found)
         lines = [f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
                  for name, value in result.items()]
         common.say("\n".join([f"{args.evaluate} on {args.dataset}", *lines,
@@ -1161,13 +1099,10 @@ def learning_rate(step, steps_per_epoch, args):
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, args.warmup)
 
 
-OWN = sorted({name for flags in LOSSES.values() for name in flags})
-
-
 def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
     flags, written = LOSSES[args.loss], {w.split("=")[0] for w in args.argv}
-    for name in OWN:
+    for name in sorted({name for flags in LOSSES.values() for name in flags}):
         flag = f"--{name.replace('_', '-')}"
         if name not in flags and flag in written:
             raise common.BadInput(f"{flag} is not used by --loss {args.loss}; it uses: "
@@ -1178,15 +1113,8 @@ def check(args):
         raise common.BadInput("--optimizer lars: use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
         raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
-    if args.gamma is not None and not 0 < args.gamma <= 1:
-        raise common.BadInput(f"--gamma {args.gamma}: above 0, at most 1")
-    if args.lambda_mi is not None and not 0 <= args.lambda_mi <= 1:
-        raise common.BadInput(f"--lambda-mi {args.lambda_mi}: between 0 and 1")
-    for name in ("tau", "tau_lr", "eta", "beta"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise common.BadInput(f"--{name.replace('_', '-')} must be above 0")
-    if args.eps is not None and args.eps < 0:
-        raise common.BadInput("--eps must not be below 0")
+    common.require(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["eps", "warmup"],
+                   share=["gamma", "lambda_mi"])
     if args.tau_bounds is not None:
         low, high = args.tau_bounds
         if not 0 < low < high:
@@ -1226,6 +1154,8 @@ def main(argv=None):
         "retrieval and zero-shot on the test set, no training")
     add("--class-names", metavar="FILE", help="zero-shot: names in the order of the classes, one "
         "a line, and templates (lines with {}); or imagenet, open_clip's list")
+    add("--zs-original", action="store_true", help="zero-shot: images normalised with the mean and "
+        "std of their own data set, not with those of the training")
     common.run(train, parser, argv)
 
 

@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from conftest import write_image
+from conftest import write_folder, write_image
 from ranks import close, many, normal, own_rows
 from runs import BASE, SMALL, end, start, torchrun
 from torch import nn
@@ -82,8 +82,9 @@ def steps(name):
         loss.backward()
         objective.average_gradients()
         both = [*model.named_parameters(), *objective.named_parameters()]
-        found.append(dict(loss=value, grad={n: x.grad.clone() for n, x in both}, state={
-            k: v.clone() for k, v in objective.state_dict().items() if torch.is_tensor(v)}))
+        state = {k: v.clone() for k, v in objective.state_dict().items() if torch.is_tensor(v)}
+        found.append(dict(loss=value, stats=common.means(stats), state=state,
+                          grad={n: x.grad.clone() for n, x in both}))
     return found
 
 
@@ -113,11 +114,13 @@ results = ranks.pool(__name__)
 @many
 @pytest.mark.parametrize("name", VARIANTS)
 def test_number_of_ranks_changes_nothing(results, N, name):
-    """Loss, gradients of towers, temperatures and networks, and every table; on all ranks."""
+    """Loss, statistics, gradients of towers, temperatures and networks, every table; on all ranks.
+    """
     one = results[1][0]["losses"][name]
     for rank in results[N]:
         for a, b in zip(one, rank["losses"][name], strict=True):
             assert abs(a["loss"] - b["loss"]) < 1e-10
+            assert a["stats"] == pytest.approx(b["stats"], rel=1e-10, abs=1e-10)
             for part in ("grad", "state"):
                 assert a[part].keys() == b[part].keys()
                 for key in a[part]:
@@ -309,6 +312,19 @@ def test_repeats_are_no_negatives(loss):
     assert torch.equal(grad.T[:4] != 0, ~same | torch.eye(4, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("loss", ["sogclr", "vicreg", "siglip"])
+def test_features_that_are_not_finite_stop_the_run(loss):
+    """The tower, the step, and how many rows of which rank."""
+    objective = sogclr_clip.Objective(flags("--loss", loss), SimpleNamespace(
+        N_I=N_I, N_T=N_T, crc=0), D).double()
+    x, t = normal(4, D, seed=1), normal(4, D, seed=2)
+    t[1, 0], t[3, 2] = math.nan, math.inf
+    with pytest.raises(common.RunFailed, match=r"texts .* at step 7, in 2 of 4 .* rank: \[2\]"):
+        objective(x, t, torch.arange(4), torch.arange(4), torch.arange(4), 7, 0)
+    assert (torch.cat([v for k, v in objective.state_dict().items() if k.endswith("log_u")] or [
+        torch.tensor([-math.inf])]) == -math.inf).all()
+
+
 def test_a_batch_without_negatives():
     with pytest.raises(ValueError, match="at least 2 pairs"):
         sogclr_clip.negatives(torch.arange(1), 1)
@@ -409,6 +425,13 @@ def test_stopped_runs_go_on_exactly(goes_on_exactly, argv):
                                        "--save-every", "9", "--loss", *argv])
 
 
+def test_the_log_has_means_over_the_ranks(run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "means", lambda values: dict.fromkeys(values, 7.0))
+    run_main(sogclr_clip.main, "run", [*VERY_SMALL, "--loss", "isogclr"])
+    records = [json.loads(s) for s in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert all(records[2][name] == 7.0 for name in ("tau_I", "tau_T", "log_u_I", "v_T", "gamma"))
+
+
 def test_other_data_is_refused(run_main, refused_by, tmp_path, monkeypatch):
     """The tables of a run mean the ids of its data."""
     monkeypatch.setattr(common, "balanced_rows", lambda labels, n, seed: torch.arange(n))
@@ -470,6 +493,70 @@ def test_evaluate_a_checkpoint(run_main, tmp_path, capsys, monkeypatch):
     assert found["results"] == {k: v for k, v in last.items() if k != "step"}
     assert found["chance"]["zero-shot top-1"] == pytest.approx(100 / 24)
     assert (tmp_path / "run/evaluate-shapes.png").stat().st_size > 10000
+
+
+class Means(nn.Module):
+    """Stands in for the towers: features are the mean colour, or what the tokens add up to."""
+
+    def __init__(self, zero=False):
+        super().__init__()
+        self.zero = zero
+
+    def forward(self, images=None, tokens=None):
+        if images is not None:
+            x = images.mean((2, 3))
+            return [x * (torch.arange(len(x)) > 2)[:, None] if self.zero else x]
+        return [F.normalize(F.one_hot(tokens.long().sum(1) % 3, 3) + 0.1, dim=1)]
+
+
+def shapes_test_set(*argv):
+    """Towers' tokenizer, data and pairs of 40 shapes."""
+    args = flags("--model", "tiny-vit", *argv)
+    images, columns, classes, texts = common.shapes(40, 0)
+    table = common.Table(columns, classes, images, captions=texts)
+    data = common.Data(table, table, args, torch.device("cpu"))
+    tokenizer = sogclr_clip.towers(args)[1]
+    return tokenizer, data, sogclr_clip.Pairs(table, tokenizer, "cpu")
+
+
+def test_zero_shot_with_the_statistics_of_its_data():
+    """--zs-original: those of the data set, for zero-shot only; else those of the training."""
+    found = {}
+    for name, more in dict(own=["--zs-original"], trained=[], plain=None).items():
+        other = [] if more is None else ["--mean", "0.9", "0.1", "0.5", "--std", "1", "1", "1"]
+        tokenizer, data, pairs = shapes_test_set(*other, *(more or []))
+        found[name] = sogclr_clip.scores(Means(), tokenizer, data, pairs)[0]
+    zero_shot = {k for k in found["own"] if k.startswith("zero-shot")}
+    assert zero_shot == {"zero-shot top-1", "zero-shot top-5"}
+    for k in found["own"]:
+        same = found["plain"] if k in zero_shot else found["trained"]
+        assert found["own"][k] == same[k]
+    assert any(found["own"][k] != found["trained"][k] for k in zero_shot)
+    assert found["own"]["mean"] != found["plain"]["mean"]
+
+
+def test_features_that_are_zero_are_told_once(capsys):
+    tokenizer, data, pairs = shapes_test_set()
+    for _ in range(2):
+        sogclr_clip.scores(Means(zero=True), tokenizer, data, pairs)
+    assert capsys.readouterr().out == "warning: 3 features of images, 0 of captions are zero\n"
+    _, data, _ = shapes_test_set()
+    sogclr_clip.scores(Means(), tokenizer, data, pairs)
+    assert not capsys.readouterr().out
+
+
+def test_evaluate_on_another_data_set(run_main, tmp_path):
+    """Images keep the statistics of the training, unless others are asked for."""
+    path = tmp_path / "run/checkpoint.pt"
+    run_main(sogclr_clip.main, "run", [*VERY_SMALL, "--mean", "0.4", "0.4", "0.4"])
+    checkpoint = torch.load(path, weights_only=True)
+    for name, old in (("shapes", [0.4] * 3), ("cifar100", [0.4] * 3), ("cifar100", None)):
+        checkpoint["args"].update(dataset=name, mean=old)
+        torch.save(checkpoint, path)
+        sogclr_clip.main(["--evaluate", str(path), "--dataset", "shapes", "--device", "cpu"])
+        args = json.loads((tmp_path / "run/evaluate-shapes.json").read_text())["args"]
+        mean, std = common.MEAN_STD[name]
+        assert args["mean"] == (old or list(mean)) and args["std"] == list(std)
 
 
 def test_evaluate_weights_of_open_clip(tmp_path, capsys, captions):
@@ -549,6 +636,12 @@ def test_train_on_captions(captions, tmp_path, monkeypatch, in_memory):
     assert len(seen) == 12 and all(number == owner[row] for row, number in seen)
 
 
+def test_image_files_without_captions_are_refused(refused_by, tmp_path):
+    write_folder(tmp_path / "data", {f"{part}/{c}": 2 for part in ("train", "val") for c in "ab"})
+    refused_by(sogclr_clip.main, ["--device", "cpu", "--dataset", "folder", "--data-dir",
+                                  tmp_path / "data", "--batch-size", "2"], "has no captions")
+
+
 def test_retrieval_of_repeated_captions():
     """Without image ids equal captions are one text, right for all images that have it."""
     args = flags("--model", "tiny-vit")
@@ -602,14 +695,17 @@ def test_bad_caption_files(refused_by, captions, entries, words):
     ("--loss vicreg --tau 0.5", ["--tau", "none of them"]),
     ("--loss isogclr --tau-bounds 0.5 0.1", ["--tau-bounds 0.5 0.1"]),
     ("--loss isogclr --tau-bounds 0.1 0.5 --tau 0.05", ["--tau 0.05", "--tau-bounds"]),
-    ("--loss sogclr --gamma 0", ["--gamma 0"]),
-    ("--loss sogclr --gamma 1.5", ["--gamma 1.5"]),
-    ("--loss sogclr --tau -1", ["--tau"]),
-    ("--loss sogclr --eps -1", ["--eps"]),
-    ("--loss sogclr-mine --lambda-mi 2", ["--lambda-mi 2"]),
+    ("--loss sogclr --gamma 0", ["--gamma must be above 0, got 0"]),
+    ("--loss sogclr --gamma 1.5", ["--gamma must be in [0, 1], got 1.5"]),
+    ("--loss sogclr --tau -1", ["--tau must be above 0"]),
+    ("--loss sogclr --eps -1", ["--eps must be at least 0"]),
+    ("--loss sogclr-mine --lambda-mi 2", ["--lambda-mi must be in [0, 1], got 2"]),
+    ("--warmup -1", ["--warmup"]),
     ("--loss nothing", ["nothing"]),
     ("--model ViT-Z", ["--model ViT-Z"]),
     ("--pretrained none.pt", ["none.pt"]),
+    ("--pretrained openai", ["--pretrained openai", "tiny-resnet"]),
+    ("--evaluate openclip:tiny-vit/openai", ["--pretrained openai", "tiny-vit"]),
     ("--batch-size 1", ["--batch-size 1"]),
     ("--optimizer lars", ["lars"]),
     ("--evaluate none.pt", ["none.pt"]),
