@@ -217,7 +217,7 @@ def all_finite(step, **features):
     """RunFailed that names what is not finite in features (..., B, D) of the global batch: grouping
     would make labels of them, and a loss may still be a number."""
     for name, x in features.items():
-        bad = (~x.isfinite()).any(-1).flatten(0, -2).any(0)  # (B,)
+        bad = (~x.isfinite()).any(-1).view(-1, x.shape[-2]).any(0)  # (B,)
         if bad.any():
             of_rank = bad.view(world(), -1).sum(1).tolist()
             raise RunFailed(f"the output of {name} is not finite at step {step}, in {sum(of_rank)} "

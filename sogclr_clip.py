@@ -36,6 +36,9 @@ Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of 
     torchrun --nproc_per_node=8 sogclr_clip.py --recipe fastclip-cc3m --data-dir DIR
     python sogclr_clip.py --evaluate runs/sogclr_clip-demo-seed0/checkpoint.pt
     python sogclr_clip.py --evaluate openclip:ViT-B-32/openai --dataset captions --test-file F.json
+Measured: demo 158 CPU seconds in two processes, mean recall 0.8 -> 77.5 %, zero-shot 4.2 -> 85.9 %
+of 24 classes (synthetic); flickr8k 115 to 190 CPU seconds, 1.1 GB, results in the README. The GPU
+recipes were not run yet.
 """
 import argparse
 import copy
@@ -563,7 +566,7 @@ class Objective(nn.Module):
         """
         args, loss = self.args, self.args.loss
         X, Y = common.gather(x), common.gather(t)  # (B, D), with gradient
-        common.all_finite(step, images=X[None], texts=Y[None])
+        common.all_finite(step, image_tower=X, text_tower=Y)
         try:
             negative = negatives(own, len(X), same)
         except ValueError as error:
@@ -940,6 +943,7 @@ def tau_picture(path, objective, model, data, pairs):
     figure, axis = plt.subplots(figsize=(6, 3.5))
     axis.hist(tau, 40, edges, label=["images", "texts"])
     axis.set(xlabel="tau", ylabel="samples", title=f"{data.args.loss}, {data.args.dataset}")
+    axis.locator_params(axis="x", nbins=6)
     axis.legend()
     figure.tight_layout()
     common.replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
@@ -1099,6 +1103,9 @@ def learning_rate(step, steps_per_epoch, args):
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, args.warmup)
 
 
+# ---------------------------------------------------------------------------------- flags
+
+
 def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
     flags, written = LOSSES[args.loss], {w.split("=")[0] for w in args.argv}
@@ -1107,13 +1114,13 @@ def check(args):
         if name not in flags and flag in written:
             raise common.BadInput(f"{flag} is not used by --loss {args.loss}; it uses: "
                                   f"{', '.join(flags) or 'none of them'}")
-        value = getattr(args, name) if name in flags else None
+        value = getattr(args, name, None) if name in flags else None  # eps has no flag
         setattr(args, name, flags.get(name) if value is None else value)
     if args.optimizer == "lars":
         raise common.BadInput("--optimizer lars: use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
         raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
-    common.require(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["eps", "warmup"],
+    common.require(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["warmup"],
                    share=["gamma", "lambda_mi"])
     if args.tau_bounds is not None:
         low, high = args.tau_bounds
@@ -1139,7 +1146,6 @@ def main(argv=None):
     add("--gamma", type=float, help="weight of the new value in u (E7)")
     add("--gamma-schedule", choices=["constant", "cosine"], help="cosine: from 1 to --gamma in "
         "half of the epochs (FastCLIP)")
-    add("--eps", type=float, help="floor of the denominator (E11)")
     add("--rho", type=float, help="radius of the KL constraint (E12)")
     add("--eta", type=float, help="step of the temperatures (E14)")
     add("--eta-schedule", choices=["const", "cosine", "exp"])
