@@ -8,7 +8,7 @@
 Every row is `METHOD.py FLAGS --seed S`, then `linear_eval.py` and, where the set has outliers,
 `ood_eval.py` on its last checkpoint. A finished run or evaluation is not repeated. Logs and
 evaluations go to results/SET/, the table of the rows that are done (mean and standard deviation
-over the seeds) to results/NAME.csv, .md and .png (NAME: one_protocol for c100, else SET). CPU
+over the seeds) to results/SET.csv and .md, for c100 to results/one_protocol.csv, .md and .png. CPU
 seconds an epoch and peak memory (resident, MB) are from the logs, bytes of state an image from the
 checkpoint of a training on 600 images. Each run has one thread, so that --jobs 2 does not change
 what a run computes.
@@ -154,14 +154,16 @@ def table(args, spec):
     """The rows that are done, from their logs and evaluations: dicts of (values of the seeds)."""
     keep, done = ROOT / "results" / args.set, {}
     for row in spec["rows"]:
-        paths = [[keep / f"{slug(row)}-{seed}.{kind}.json" for kind in SCRIPTS if kind in spec]
-                 for seed in args.seeds]
-        if not all(path.exists() for some in paths for path in some):
-            continue
-        results = [{k: v for path in some for k, v in
-                    json.loads(path.read_text())["results"].items()} for some in paths]
+        results = [{} for _ in args.seeds]
+        for kind in SCRIPTS:
+            paths = [keep / f"{slug(row)}-{seed}.{kind}.json" for seed in args.seeds]
+            if all(path.exists() for path in paths):
+                for found, path in zip(results, paths, strict=True):
+                    found.update(json.loads(path.read_text())["results"])
         cells = {name: [look_up(r, path) for r in results] for name, path in
-                 spec["columns"].items()}
+                 spec["columns"].items() if path.partition(".")[0] in results[0]}
+        if not cells:
+            continue
         if row[2]:
             logs = [(keep / f"{slug(row)}-{seed}.jsonl").read_text() for seed in args.seeds]
             ends = [[json.loads(line) for line in log.splitlines()[1:]] for log in logs]
@@ -177,7 +179,8 @@ def table(args, spec):
 def write(args, spec, done):
     """The table as CSV (all digits) and markdown, and a picture of it."""
     path = ROOT / "results" / spec.get("name", args.set)
-    costs = ["s / epoch", "MB", "B / image"]
+    costs = [name for name in ("s / epoch", "MB", "B / image")
+             if any(name in cells for cells in done.values())]
     columns = ["row", "labels seen", *spec["columns"], *costs]
     lines, digits = [columns, ["---"] * len(columns)], {"s / epoch": 1, "MB": 0, "B / image": 0}
     with open(path.with_suffix(".csv"), "w", newline="") as file:
@@ -198,7 +201,8 @@ def write(args, spec, done):
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
-    picture(path.with_suffix(".png"), spec, done)
+    if "name" in spec:
+        picture(path.with_suffix(".png"), spec, done)
 
 
 def picture(path, spec, done):
@@ -213,7 +217,8 @@ def picture(path, spec, done):
     labels = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(row[1] for row in done))}
     for axis, name in zip(axes[0], names, strict=True):
         for y, (row, cells) in enumerate(done.items()):
-            values = cells[name]
+            if not (values := cells.get(name)):
+                continue
             axis.errorbar(statistics.mean(values), -y, fmt="o", ms=4, color=labels[row[1]],
                           xerr=statistics.stdev(values) if len(values) > 1 else 0)
             if row[2] is None:
