@@ -33,8 +33,8 @@ Shapes: B global batch, b rows of this rank, V views, D embedding width, C crops
     torchrun --nproc_per_node=4 wcl.py --recipe cifar10                # four, the same global batch
     torchrun --nproc_per_node=8 wcl.py --recipe imagenet100 --data-dir DIR
     torchrun --nnodes=4 --nproc_per_node=8 ... wcl.py --recipe imagenet --data-dir DIR  # 32 x 128
-Measured: c100-small 166 CPU seconds, 1.2 GB, results in the README. The GPU recipes were not run
-yet at full length.
+Measured: demo 109 seconds on 2 busy cores, kNN 13.5 -> 47.6 % (synthetic); c100-small 166 CPU
+seconds, 1.2 GB, results in the README. The GPU recipes were not run yet at full length.
 """
 import copy
 from pathlib import Path
