@@ -552,9 +552,17 @@ def check(args):
     if args.lambda_cld > 0 and args.k < 2:
         raise common.BadInput(f"--k {args.k} makes one group only, its loss is 0; at least 2, or "
                               "--lambda-cld 0")
-    if args.nce and args.base != "npid":
-        raise common.BadInput("--nce goes with --base npid")
-    if args.base in ("moco", "mocov2", "infomin") and args.queue < args.batch_size:
+    moco = args.base in ("moco", "mocov2", "infomin")
+    for used, names, why in (
+            (args.base == "npid", ["nce", "bank_momentum"], "without --base npid"),
+            (moco, ["queue"], f"by --base {args.base}"),
+            (args.base == "infomin", ["beta"], "without --base infomin"),
+            (args.grouping == "ncuts", ["k_eigen"], "without --grouping ncuts"),
+            (args.schedule != "cosine-epoch", ["warmup"], "by --schedule cosine-epoch"),
+            (args.schedule == "steps", ["milestones"], "without --schedule steps")):
+        if not used:
+            common.unused(args, names, why)
+    if moco and args.queue < args.batch_size:
         raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "
                               f"{args.batch_size}: it must hold the keys of one step")
 

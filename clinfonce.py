@@ -32,6 +32,7 @@ Shapes: N images, B global batch, b rows of this rank, V views, D embedding widt
 Measured: demo 1.5 minutes on 2 cores, 1 GB a process, kNN 13.5 -> 72 % (synthetic); c100-small 160
 CPU seconds, 1.2 GB, results in the README. The GPU recipes were not run yet at full length.
 """
+import argparse
 import os
 
 import torch
@@ -206,7 +207,7 @@ def attribute_clusters(attributes, k):
     Raises: ValueError unless 1 <= k <= A.
     """
     if not 1 <= k <= attributes.shape[1]:
-        raise ValueError(f"attributes:{k}: there are {attributes.shape[1]} attributes")
+        raise ValueError(f"{k} of {attributes.shape[1]} attributes")
     best = rank_attributes(attributes)[0][:k]
     return torch.unique(attributes[:, best], dim=0, return_inverse=True)[1]
 
@@ -319,12 +320,16 @@ def auxiliary_ids(table, args):
         about["attributes"] = {names[j]: round(bits[j].item(), 4) for j in order.tolist()}
         try:
             ids = attribute_clusters(matrix, int(name.split(":")[1]))
-        except ValueError as error:
-            raise common.BadInput(f"--clusters {name}: {error}") from None
+        except ValueError:
+            raise common.BadInput(f"--clusters {name}: there are {len(names)} attributes; take "
+                                  f"attributes:1 to attributes:{len(names)}") from None
     elif name.startswith("level_"):
         ids = _hierarchy_ids(table, args, name)
     else:
-        ids, *others = (table.column(c) for c in name.split("+"))
+        try:
+            ids, *others = (table.column(c) for c in name.split("+"))
+        except common.BadInput as error:
+            raise common.BadInput(f"--clusters {args.clusters}: {error}") from None
         if others:  # one id for each tuple of values
             columns = torch.stack([ids, *others], 1)  # (N, A)
             ids = torch.unique(columns, dim=0, return_inverse=True)[1]
@@ -351,6 +356,8 @@ def _hierarchy_ids(table, args, name):
     try:
         with open(args.hierarchy) as file:
             groups = hierarchy_groups(json.load(file), int(name.removeprefix("level_")))
+    except FileNotFoundError:
+        raise common.BadInput(f"--hierarchy {args.hierarchy}: not found") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise common.BadInput(f"--hierarchy {args.hierarchy}: not a tree of LabelName, Level, "
                               f"Subcategory ({error!r})") from None
@@ -441,7 +448,8 @@ def train(args):
 
     if first_step == 0:
         log.write(step=0, clusters=args.clusters, **about)
-        first = args.clusters + " (before it: every image)" * (args.clusters == "kmeans")
+        first = args.clusters
+        first += " (until the first K-means: every image)" * (args.clusters == "kmeans")
         common.say("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, I(Z;T) = "
                    "{I_Z_T:.4f} bits, T = {}".format(first, args.label, **about))
         with log.pause():
@@ -520,8 +528,23 @@ def check(args):
     """BadInput for flags that do not go together, before anything is read."""
     common.require(args, above=["tau", "base_tau", "dim", "k", "kmeans_every"],
                    least=["warmup", "kmeans_warmup"])
-    if args.clusters == "kmeans" and args.k < 2:
-        raise common.BadInput("--k 1 makes one cluster only, no negatives")
+    if args.clusters == "kmeans":
+        if args.k < 2:
+            raise common.BadInput("--k 1 makes one cluster only, no negatives")
+        if not any(cluster_epochs(e - int(args.dual), args.kmeans_warmup, args.kmeans_every)
+                   for e in range(1, args.epochs + 1)):
+            raise common.BadInput(
+                f"K-means never runs in --epochs {args.epochs} with --kmeans-warmup "
+                f"{args.kmeans_warmup} and --kmeans-every {args.kmeans_every}")
+    else:
+        common.unused(args, ["k", "kmeans", "kmeans_warmup", "kmeans_every"],
+                      "without --clusters kmeans")
+    if args.schedule != "cosine":
+        common.unused(args, ["warmup"], f"by --schedule {args.schedule}")
+    elif args.warmup > args.epochs:
+        raise common.BadInput(f"--warmup {args.warmup}: there are {args.epochs} epochs")
+    if args.batch_size < 2 and args.loss != "ce":
+        raise common.BadInput("--batch-size 1: an image needs another as negative")
     if args.hierarchy and not args.clusters.startswith("level_"):
         raise common.BadInput("--hierarchy goes with --clusters level_L")
     if args.attributes and not args.clusters.startswith("attributes:"):
@@ -530,6 +553,10 @@ def check(args):
         raise common.BadInput("--dual goes with --clusters kmeans and without --loss ce")
     if args.loss == "ce" and args.clusters in ("kmeans", "instance", "-1"):
         raise common.BadInput("--loss ce needs --clusters with a column of ids")
+    if args.loss == "ce":
+        common.unused(args, ["tau", "base_tau", "dim"], "by --loss ce")
+    if args.dual:
+        common.unused(args, ["base_tau"], "with --dual")
 
 
 def main(argv=None):
@@ -550,7 +577,8 @@ def main(argv=None):
     add("--kmeans-warmup", type=int, default=0, help="first epoch (from 1; with --dual from 0) "
         "that K-means may begin; plain InfoNCE until then")
     add("--kmeans-every", type=int, default=1, help="epochs between clusterings")
-    add("--dual", action="store_true", help="two heads: InfoNCE (E5) and clusters (E6)")
+    add("--dual", action=argparse.BooleanOptionalAction, default=False,
+        help="two heads: InfoNCE (E5) and clusters (E6)")
     add("--tau", type=float, default=0.1, help="T of E1")
     add("--base-tau", type=float, default=0.07, help="T0 of the factor T/T0 (E4; not in --dual)")
     add("--dim", type=int, default=128, help="D, width of the embedding")

@@ -285,7 +285,8 @@ class Table:
 def balanced_rows(labels, n, seed):
     """n rows, as evenly over the classes as these allow, drawn by seed; int64, ascending."""
     if not 0 < n <= len(labels):
-        raise BadInput(f"--limit-train {n}: the training set has {len(labels)} images")
+        raise BadInput(f"--limit-train {n}: the training set has {len(labels)} images; take 1 to "
+                       f"{len(labels)}")
     order = torch.randperm(len(labels), generator=generator(seed, 0, "subset"))
     by_class = order[torch.sort(labels[order], stable=True).indices]
     counts = torch.unique(labels, return_counts=True)[1]
@@ -469,7 +470,7 @@ def _folder(args):
                 raise BadInput(f"class folder {folder / name} is missing")
             found = files(folder / name)
             if not found:
-                raise BadInput(f"class folder {folder / name} has no image")
+                raise BadInput(f"folder {folder / name} has no image")
             found = [p for i, p in enumerate(found) if part in (None, i % 5 == 4)]
             paths += [str(p) for p in found]
             labels += [c] * len(found)
@@ -509,7 +510,8 @@ def csv_table(root, file, class_names):
     try:
         frame = pd.read_csv(source, dtype=str, keep_default_na=False, skipinitialspace=True)
     except FileNotFoundError:
-        raise BadInput(f"CSV file {source} not found") from None
+        raise BadInput(f"CSV file {source} not found; it is --train-file or --test-file below "
+                       "--data-dir") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise BadInput(f"CSV file {source} cannot be read: {error}") from None
     for name in ("path", "class"):
@@ -1721,7 +1723,7 @@ def resume(state, args):
 
 def _same_flags(old, args, method):
     new = plain(args)
-    changed = [f"--{k.replace('_', '-')} {old.get(k)} -> {new.get(k)}"
+    changed = [f"{flag(k)} {old.get(k)} -> {new.get(k)}"
                for k in sorted({**old, **new}) if k not in FREE_FLAGS and old.get(k) != new.get(k)]
     if method != args.method:
         changed.insert(0, f"{method}.py -> {args.method}.py")
@@ -1733,7 +1735,7 @@ def _same_flags(old, args, method):
 def summary(log, args, title, first_step, more=(), panels=()):
     """Pictures and the last words of a run, on rank 0: what was learnt, where it is, what next.
 
-    more: further lines; panels: further curves, pairs (name in the log, title).
+    more: further lines; panels: further curves, pairs (name in the log, or several, title).
     """
     if log.bar is not None:
         log.bar.close()
@@ -1747,7 +1749,8 @@ def summary(log, args, title, first_step, more=(), panels=()):
     lines = [title]
     if knn:
         lines += [f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
-                  f"(column {args.label}, K = {args.knn_k}, T = {args.knn_t})"]
+                  f"(column {args.label}, K = {min(args.knn_k, log.header['data']['train'])}, "
+                  f"T = {args.knn_t})"]
     lines += [*more, f"  checkpoint   {folder / 'checkpoint.pt'}", f"  log          {log.path}",
               f"  pictures     {', '.join(str(folder / p) for p in pictures) or 'none'}"]
     if knn:  # which needs labels, as the evaluation does
@@ -1775,17 +1778,24 @@ def curves(log, args, more=()):
     """Loss, learning rate, kNN accuracy and `more` (name, title) over the epochs as curves.png;
     None without matplotlib."""
     plt, records = pyplot(), log.records()
-    panels = [(k, label) for k, label in (("loss", "loss"), ("lr", "learning rate"),
-                                          ("knn_top1", f"kNN top-1 on {args.label} (%)"), *more)
-              if any(r.get(k) is not None for r in records)]
+    panels = []  # (title, [(name, points)])
+    for names, title in (("loss", "loss"), ("lr", "learning rate"),
+                         ("knn_top1", f"kNN top-1 on {args.label} (%)"), *more):
+        found = [(k, [(r["step"] / log.steps_per_epoch, r[k]) for r in records
+                      if r.get(k) is not None])
+                 for k in ([names] if isinstance(names, str) else names)]
+        if any(points for _, points in found):
+            panels.append((title, found))
     if plt is None or not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-    for axis, (key, label) in zip(axes[0], panels, strict=True):
-        points = [(r["step"] / log.steps_per_epoch, r[key]) for r in records if key in r]
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, ms=3)
-        axis.set(xlabel="epoch", title=label)
+    for axis, (title, found) in zip(axes[0], panels, strict=True):
+        for name, points in found:
+            axis.plot(*zip(*points), marker="o" if len(points) < 30 else None, ms=3, label=name)
+        axis.set(xlabel="epoch", title=title)
         axis.grid(alpha=0.3)
+        if len(found) > 1:
+            axis.legend(fontsize=8)
     figure.suptitle(f"{args.method}, {args.dataset}" +
                     (" (synthetic)" if args.dataset.startswith("shapes") else ""), fontsize=10)
     figure.tight_layout()
@@ -1971,18 +1981,34 @@ def accuracy(logits, target, topk=(1,)):
 
 
 def require(args, above=(), least=(), share=()):
-    """BadInput unless the named flags are above 0, at least 0, in [0, 1]; None is not looked at."""
-    for names, good, text in ((above, lambda x: x > 0, "above 0"),
-                              (least, lambda x: x >= 0, "at least 0"),
+    """BadInput unless the named flags are finite and above 0, at least 0, in [0, 1]; None is not
+    looked at."""
+    for names, good, text in ((above, lambda x: 0 < x < math.inf, "above 0"),
+                              (least, lambda x: 0 <= x < math.inf, "at least 0"),
                               (share, lambda x: 0 <= x <= 1, "in [0, 1]")):
         for name in names:
             value = getattr(args, name)
             if value is not None and not good(value):  # not: nan is not good either
-                raise BadInput(f"--{name.replace('_', '-')} must be {text}, got {value}")
+                raise BadInput(f"{flag(name)} must be {text}, got {value}")
+
+
+def unused(args, names, why):
+    """BadInput if one of these flags is written on the command line, where it would do nothing."""
+    written = {word.split("=")[0] for word in args.argv}
+    for name in names:
+        if flag(name) in written:
+            raise BadInput(f"{flag(name)} is not used {why}")
+
+
+def flag(name):
+    """--batch-size for batch_size."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all methods share; --recipe sets defaults, a flag overrides."""
+
+    trains = True  # --out is the folder of a run
 
     def __init__(self, method, doc, recipes):
         super().__init__(prog=f"{method}.py", description=doc, allow_abbrev=False,
@@ -2037,8 +2063,9 @@ class Parser(argparse.ArgumentParser):
         add("--weight-decay", type=float, default=1e-4)
         add("--amp", default="none", choices=["none", "bf16", "fp16", "auto"],
             help="mixed precision; auto: bf16 on CUDA")
-        add("--sync-bn", action="store_true", help="SyncBatchNorm on CUDA")
-        add("--channels-last", action="store_true")
+        add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
+            help="SyncBatchNorm on CUDA")
+        add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
         add("--compile", action="store_true")
 
     def error(self, message):
@@ -2057,8 +2084,10 @@ class Parser(argparse.ArgumentParser):
         args.out = args.out or f"runs/{args.method}-{args.recipe}-seed{args.seed}"
         require(args, above=["epochs", "batch_size", "image_size", "log_every", "knn_every",
                              "save_every", "knn_k", "knn_t"],
-                least=["seed", "threads", "workers", "lr", "momentum", "weight_decay"],
-                share=["jitter_p", "gray", "blur", "solarize", "erase"])
+                least=["seed", "threads", "workers", "lr", "weight_decay"],
+                share=["momentum", "jitter_p", "gray", "blur", "solarize", "erase"])
+        if args.seed >= 2 ** 63 or args.momentum == 1:
+            raise BadInput("--seed must be below 2^63, and --momentum below 1")
         low, high = args.crop
         if not 0 < low <= high <= 1:
             raise BadInput(f"--crop {low} {high}: two shares of the area, 0 < low <= high <= 1")
@@ -2066,10 +2095,21 @@ class Parser(argparse.ArgumentParser):
             raise BadInput(f"--jitter {args.jitter}: none below 0, the hue at most 0.5")
         if args.randaugment and not (args.randaugment[0] >= 0 and 0 <= args.randaugment[1] <= 10):
             raise BadInput(f"--randaugment {args.randaugment}: N at least 0, M in 0 to 10")
-        if args.std and not all(value > 0 for value in args.std):
-            raise BadInput(f"--std {args.std}: must be above 0")
+        if not all(0 <= value <= 1 for value in args.mean or []) or not all(
+                0 < value <= 1 for value in args.std or []):
+            raise BadInput(f"--mean {args.mean} --std {args.std}: of images in [0, 1], std above 0")
         if args.optimizer == "sgd" and args.nesterov and args.momentum == 0:
             raise BadInput("--nesterov needs --momentum above 0")
+        if args.optimizer != "sgd":
+            unused(args, ["nesterov"], f"by --optimizer {args.optimizer}")
+        if args.optimizer == "adamw":
+            unused(args, ["momentum"], "by --optimizer adamw")
+        if self.trains and args.dataset.startswith("shapes"):
+            unused(args, ["data_dir", "train_file", "test_file", "image_root", "classes",
+                          "download"], f"by --dataset {args.dataset}, which is built in: name "
+                   "another --dataset")
+        if self.trains and Path(args.out).is_file():
+            raise BadInput(f"--out {args.out} is a file; name a folder")
         return args
 
 

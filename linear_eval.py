@@ -161,6 +161,9 @@ def open_backbone(args, checkpoint):
     if args.checkpoint == "none":
         return (common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem),
                 f"untrained {args.arch}, {args.stem} stem, seed {args.seed}")
+    if checkpoint.get("method") == "sogclr_clip":
+        raise common.BadInput(f"{args.checkpoint} is of sogclr_clip.py, which evaluates it itself: "
+                              f"python sogclr_clip.py --evaluate {args.checkpoint}")
     backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
     left_out = ", ".join(f"{k} ({n})" for k, n in about["left_out"].items())
     return backbone, about, (
@@ -187,7 +190,8 @@ def load(args, device):
     ids = ids[counts >= args.min_per_class]
     if len(ids) < 2:
         raise common.BadInput(f"--label {args.label} has {len(ids)} classes with --min-per-class "
-                              f"{args.min_per_class} training images; two are needed")
+                              f"{args.min_per_class} training images; two are needed (a flat "
+                              "folder has no labels)")
     tables, notes = [], whole.train.notes + whole.test.notes
     for name, table in (("training", whole.train), ("test", whole.test)):
         rows = torch.isin(table.column(args.label), ids).nonzero().flatten()
@@ -533,6 +537,8 @@ def check(args):
 
 class Parser(common.Parser):
     """The shared flags; a checkpoint of this project gives their defaults."""
+
+    trains = False
 
     def parse_args(self, argv=None):
         """Flag over recipe over checkpoint; self.checkpoint is what `read` gave."""

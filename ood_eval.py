@@ -226,10 +226,12 @@ def load(args, device):
 def outliers(text, args, device):
     """Name and common.Table of one word of --outliers."""
     name, _, place = text.rpartition("=")
+    others = [s for s in ("shapes", "cifar10", "cifar100", "stl10")
+              if s != args.dataset.partition("-")[0]]  # shapes-views tests on images of shapes
     if not name and text == "unseen":
         images, columns, classes, _ = common.shapes(1024, seed=2, unseen=True)
         table = common.Table(columns, classes, images)
-    elif not name and text in ("shapes", "cifar10", "cifar100", "stl10") and text != args.dataset:
+    elif not name and text in others:
         other = argparse.Namespace(**{**vars(args), "dataset": text})
         table = common.SOURCES[text](other)[1]
     elif name:
@@ -245,8 +247,8 @@ def outliers(text, args, device):
         else:
             raise common.BadInput(f"--outliers {text}: {path} is neither a folder nor an npz pack")
     else:
-        raise common.BadInput(f"--outliers {text}: write unseen, another data set (shapes, "
-                              "cifar10, cifar100, stl10), NAME=FILE.npz or NAME=FOLDER below "
+        raise common.BadInput(f"--outliers {text}: write unseen, another data set "
+                              f"({', '.join(others)}), NAME=FILE.npz or NAME=FOLDER below "
                               "--data-dir")
     if table.images is not None:
         table.images = table.images.to(device)
@@ -304,6 +306,7 @@ def picture(path, args, scores, results):
                      density=True, alpha=0.55, label=label)
         top.set(title=f"{name}: AUROC {results[name]['gaussian']['AUROC']:.1f} %", yticks=[],
                 xlabel="class-conditional Gaussian, log-density")
+        top.locator_params(axis="x", nbins=5)
         top.legend(fontsize=8)
         for score, pair in scores[name].items():
             tp, fp = (F.pad(n.cumsum(0) / n.sum(), (1, 0)) for n in histogram(*pair))
@@ -387,7 +390,7 @@ def check(args):
     if args.dataset not in common.SOURCES:
         raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
     if args.outliers is None:
-        if args.dataset != "shapes":
+        if not args.dataset.startswith("shapes"):
             raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
         args.outliers = ["unseen"]
     common.require(args, above=["ridge", "k"], least=["bootstrap"])

@@ -442,6 +442,12 @@ def check(args):
     falling = all(a > b for a, b in zip(args.threshold, args.threshold[1:]))
     if not falling or not all(t <= 1 for t in args.threshold):
         raise common.BadInput(f"--threshold {args.threshold}: must fall, and none above 1")
+    if args.loss == "ce":
+        common.unused(args, ["tau_min", "tau_max", "min_prob"], "by --loss ce")
+    if not args.similarity:
+        common.unused(args, ["threshold"], "without --similarity")
+    if args.batch_size < 2 and args.queue == 0 and args.loss != "ce":
+        raise common.BadInput("--batch-size 1 --queue 0: an image needs others as negatives")
     rince = args.loss.startswith("rince")
     if args.similarity and (len(args.ranks) > 1 or not rince):
         raise common.BadInput("--similarity goes with --loss rince-* and one column of --ranks")

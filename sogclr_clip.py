@@ -911,6 +911,7 @@ def retrieval_picture(path, data, pairs, found, rows=5):
         axis.axis("off")
     for line, i, best in zip(axes, some, best_T):
         line[0].imshow(next(sheet))
+        line[0].set_title(pairs.captions[pairs.images[i]], fontsize=9, loc="left")
         for j, text in enumerate(best):
             colour = "green" if text_group[text] == image_group[i] else "firebrick"
             line[1].text(0, 0.8 - 0.35 * j, pairs.captions[texts[text]], color=colour, fontsize=9)
@@ -921,8 +922,9 @@ def retrieval_picture(path, data, pairs, found, rows=5):
             if image_group[i] == text_group[text]:
                 axis.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, lw=5, color="green",
                                              transform=axis.transAxes))
-    figure.suptitle("best captions of an image, best images of a caption; green: right" + (
-        " (synthetic)" if data.args.dataset == "shapes" else ""), fontsize=10)
+    synthetic = " (synthetic)" if data.args.dataset == "shapes" else ""
+    figure.suptitle("images, each below a caption of its own, and their best captions; then "
+                    f"captions and their best images; green: right{synthetic}", fontsize=10)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.01, top=0.95)
     common.replace(Path(path), lambda file: figure.savefig(file, dpi=80, format="png"))
     plt.close(figure)
@@ -1078,12 +1080,14 @@ def evaluate(args):
         text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,
                                chance=chance, args=common.plain(args)), indent=1)
         common.replace(path, lambda file: file.write(text.encode()))
-        if found:
-            retrieval_picture(path.with_suffix(".png"), data, pairs, found)
+        pictures = [path.with_suffix(".png")] if found else []
+        for picture in pictures:
+            retrieval_picture(picture, data, pairs, found)
         lines = [f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
                  for name, value in result.items()]
         common.say("\n".join([f"{args.evaluate} on {args.dataset}", *lines,
-                              f"  results            {path}"]))
+                              f"  results            {path}",
+                              *(f"  picture            {picture}" for picture in pictures)]))
 
 
 def authors_rate(step, steps_per_epoch, epochs, lr, warmup, floor=1e-5, start=1e-5):
@@ -1108,12 +1112,11 @@ def learning_rate(step, steps_per_epoch, args):
 
 def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
-    flags, written = LOSSES[args.loss], {w.split("=")[0] for w in args.argv}
+    flags = LOSSES[args.loss]
     for name in sorted({name for flags in LOSSES.values() for name in flags}):
-        flag = f"--{name.replace('_', '-')}"
-        if name not in flags and flag in written:
-            raise common.BadInput(f"{flag} is not used by --loss {args.loss}; it uses: "
-                                  f"{', '.join(flags) or 'none of them'}")
+        if name not in flags:
+            common.unused(args, [name], f"by --loss {args.loss}; it uses: "
+                          f"{', '.join(flags) or 'none of them'}")
         value = getattr(args, name, None) if name in flags else None  # eps has no flag
         setattr(args, name, flags.get(name) if value is None else value)
     if args.optimizer == "lars":

@@ -411,7 +411,7 @@ def train(args):
     if args.picture and not common.stopping():
         more += picture(model, data, strong, args)
     common.summary(log, args, f"{name}, {args.dataset}", first_step, more, panels=[
-        ("purity", "purity of weak labels (%)"), ("random", "purity of random groups (%)"),
+        (("purity", "random"), "purity of weak labels and of random groups (%)"),
         ("components", "components in a batch")])
 
 
@@ -494,8 +494,8 @@ def picture(model, data, spec, args, rows=8, columns=14, side=48):
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
     sheet = Image.new("RGB", (150 + columns * (side + 8), 24 + len(chosen) * (side + 8)), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((6, 6), f"weak labels of one batch of {len(y)} images: {len(order)} components, from "
-             "large to small; green: the commonest class" +
+    pen.text((6, 6), f"weak labels of one batch of {len(y)} images: {len(chosen)} of its "
+             f"{len(order)} components, from large to small; green: the commonest class" +
              (" (synthetic images)" if args.dataset == "shapes" else ""), "black")
     for i, c in enumerate(chosen.tolist()):
         members, top = batch[y == c], 24 + i * (side + 8)
@@ -505,6 +505,8 @@ def picture(model, data, spec, args, rows=8, columns=14, side=48):
             common_class = int(torch.bincount(t).argmax())
             right = (t == common_class).tolist()
             text += f"\n{sum(right)} of class\n{names[common_class] if names else common_class}"
+            if sum(right) == 1 < len(members):
+                text, right = f"{len(members)} images\nof as many classes", [None] * len(members)
         pen.multiline_text((6, top + 2), text, "black")
         x = torch.cat(list(data.still_batches(data.train, members[:columns], args.image_size,
                                               False))).cpu()
@@ -539,6 +541,8 @@ def check(args):
     if not (min(args.weak_jitter) >= 0 and args.weak_jitter[3] <= 0.5):
         raise common.BadInput(f"--weak-jitter {args.weak_jitter}: none below 0, the hue at most "
                               "0.5")
+    if args.crops == 0:
+        common.unused(args, ["crop_k", "crop_positives", "gamma", "delta"], "without --crops")
     if args.beta == 0 and (args.crops or args.picture):
         raise common.BadInput("--beta 0 has no weak labels: --crops and --picture need --beta "
                               "above 0")

@@ -54,6 +54,18 @@ def refused(refused_by):
     (["--tau", "nan"], ["--tau must be above 0"]),
     (["--warmup", "-1"], ["--warmup must be at least 0, got -1"]),
     (["--kmeans-warmup", "-2"], ["--kmeans-warmup must be at least 0, got -2"]),
+    (["--warmup", "2"], ["--warmup 2: there are 1 epochs"]),
+    (["--schedule", "exp", "--warmup", "0"], ["--warmup is not used by --schedule exp"]),
+    (["--k", "5"], ["--k is not used without --clusters kmeans"]),
+    (["--clusters", "kmeans", "--k", "5", "--kmeans-warmup", "9"], ["K-means never runs"]),
+    (["--clusters", "kmeans", "--k", "5", "--dual", "--base-tau", "1"], ["--base-tau", "--dual"]),
+    (["--clusters", "label", "--loss", "ce", "--tau", "1"], ["--tau is not used by --loss ce"]),
+    (["--optimizer", "adamw", "--momentum", "0.5"], ["--momentum is not used by --optimizer"]),
+    (["--momentum", "1"], ["--momentum below 1"]),
+    (["--mean", "127", "127", "127"], ["--mean [127.0, 127.0, 127.0]", "images in [0, 1]"]),
+    (["--seed", "99999999999999999999"], ["--seed must be below 2^63"]),
+    (["--tau", "inf"], ["--tau must be above 0, got inf"]),
+    (["--data-dir", "images"], ["--data-dir is not used", "name another --dataset"]),
     (["--base-tau", "0"], ["--base-tau must be above 0"]),
     (["--k", "0"], ["--k must be above 0"]),
     (["--clusters", "kmeans", "--k", "65"], ["--k 65 needs at least 65 images, found 64"]),
@@ -417,7 +429,7 @@ def test_features_to_cluster_that_are_not_finite(refused):
 def test_run_folder_that_cannot_be_made(refused, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(SHAPES, "cannot write", file / "log.jsonl", status=1, out=file)
+    refused(SHAPES, f"--out {file} is a file; name a folder", out=file)
     refused(SHAPES, "cannot write", file / "run/log.jsonl", status=1, out=file / "run")
     assert file.read_text() == "mine"
 
@@ -633,7 +645,7 @@ def test_attribute_that_is_constant_ranks_last_and_adds_no_cluster():
     two, four = (clinfonce.attribute_clusters(attributes, k) for k in (2, 4))
     assert torch.equal(two, four) and two.tolist() == [0, 2, 3, 1]
     for k in (0, 5):
-        with pytest.raises(ValueError, match=f"attributes:{k}: there are 4 attributes"):
+        with pytest.raises(ValueError, match=f"{k} of 4 attributes"):
             clinfonce.attribute_clusters(attributes, k)
 
 

@@ -597,8 +597,8 @@ def test_variants_stop_and_go_on_exactly(goes_on_exactly, tmp_path, name):
 def test_the_first_step_by_hand(run_main, tmp_path, name):
     """What train() puts together: views, targets, losses, and what changes after the step."""
     argv = [*FLAGS, *VARIANTS[name], "--limit-train", "16", "--epochs", "1", "--amp", "none",
-            "--key-momentum", "0.9", "--tau", "0.3", "--lambda-cld", "0.7", "--beta", "0.2",
-            "--warmup", "0", "--lr", "0.5"]
+            "--key-momentum", "0.9", "--tau", "0.3", "--lambda-cld", "0.7", "--warmup", "0",
+            "--lr", "0.5", *(["--beta", "0.2"] if name == "infomin" else [])]
     state = run_main(cld.main, "run", argv)["state"]
     args = parse(*argv)
     torch.manual_seed(0)
@@ -696,7 +696,7 @@ def test_two_processes_of_torchrun(tmp_path):
     lines = run.out[run.out.index("moco + CLD, k = 5, shapes\n"):].splitlines()
     assert lines[1:] == [
         f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
-        "(column label, K = 200, T = 0.1)",
+        "(column label, K = 64, T = 0.1)",
         f"  checkpoint   {folder}/checkpoint.pt", f"  log          {folder}/log.jsonl",
         f"  pictures     {folder}/curves.png, {folder}/views.png",
         f"  next         python linear_eval.py --checkpoint {folder}/checkpoint.pt"]
@@ -757,7 +757,10 @@ def refused(refused_by):
     (["--lambda-cld", "-1"], ["--lambda-cld must be at least 0, got -1.0"]),
     (["--lambda-cld", "nan"], ["--lambda-cld must be at least 0, got nan"]),
     (["--nce", "-1"], ["--nce must be at least 0, got -1"]),
-    (["--nce", "5", "--base", "moco"], ["--nce goes with --base npid"]),
+    (["--nce", "5", "--base", "moco"], ["--nce is not used without --base npid"]),
+    (["--beta", "0.5"], ["--beta is not used without --base infomin"]),
+    (["--queue", "64"], ["--queue is not used by --base npid"]),
+    (["--k-eigen", "5"], ["--k-eigen is not used without --grouping ncuts"]),
     (["--warmup", "-1"], ["--warmup must be at least 0, got -1"]),
     (["--bank-momentum", "1.5"], ["--bank-momentum must be in [0, 1], got 1.5"]),
     (["--key-momentum", "-0.1"], ["--key-momentum must be in [0, 1], got -0.1"]),

@@ -151,6 +151,9 @@ def test_files_that_do_not_fit(tmp_path, capsys):
         assert str(file) in line
         return line
 
+    args = common.plain(common.Parser("sogclr_clip", "", {"demo": {}}).parse_args([]))
+    assert "python sogclr_clip.py --evaluate" in error(dict(
+        format=1, method="sogclr_clip", args=args, state={}))
     assert "no weight fits a ResNet; it holds visual.a, b" in error({
         "visual.a": torch.ones(2), "b": torch.ones(1)})
     assert "holds no tensor" in error({"model": {}})

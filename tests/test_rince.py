@@ -605,6 +605,8 @@ TINY = [*BASE, "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--
     (["--threshold", "1.1"], ["--threshold [1.1]"]),
     (["--threshold", "0.3", "0.4"], ["--threshold [0.3, 0.4]: must fall"]),
     (["--threshold", "nan"], ["--threshold [nan]"]),
+    (["--threshold", "0.5"], ["--threshold is not used without --similarity"]),
+    (["--loss", "ce", "--tau-max", "0.5"], ["--tau-max is not used by --loss ce"]),
     (["--ranks", "label"], ["--ranks label is one rank only", "--similarity FILE", "scl-out"]),
     (["--ranks", "label", "season"], ["'season'", "label, coarse, pattern"]),
     (["--ranks", "label", "colour"], ["--ranks label colour: not nested", "column 1"]),

@@ -99,7 +99,9 @@ def work(args, row, seed):
     """One row with one seed: train, evaluate, keep log and evaluations under results/."""
     spec, name = SETS[args.set], f"{slug(row)}-{seed}"
     folder, keep = Path("runs") / args.set / name, ROOT / "results" / args.set
-    shared = ["--data-dir", args.data_dir, "--threads", "1", "--device", args.device]
+    shared = ["--threads", "1", "--device", args.device]
+    if args.set != "shapes-views":
+        shared += ["--data-dir", args.data_dir]
     keep.mkdir(parents=True, exist_ok=True)
     for kind, script in SCRIPTS.items():
         target = keep / f"{name}.{kind}.json"
