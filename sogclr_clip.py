@@ -1072,6 +1072,8 @@ def evaluate(args):
     size = args.image_size or clip.visual.image_size
     args.image_size = size if isinstance(size, int) else size[0]
     data = common.load(args, device)
+    if not published:
+        in_memory(data, data.test)  # the images as the training's own evaluations saw them
     pairs = Pairs(data.test, tokenizer, device, prepare) if data.test.captions else None
     result, chance, found = scores(Towers(clip).to(device), tokenizer, data, pairs, prepare)
     if common.rank() == 0:

@@ -635,6 +635,14 @@ def test_train_on_captions(captions, tmp_path, monkeypatch, in_memory):
     owner = [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5, 6, 7, 7]
     assert len(seen) == 12 and all(number == owner[row] for row, number in seen)
 
+    # an evaluation of the checkpoint reads the test images as the training's own evaluations do
+    read = []
+    monkeypatch.setattr(sogclr_clip, "in_memory", lambda data, x: read.append(x is data.test))
+    sogclr_clip.main([*BASE, "--evaluate", str(tmp_path / "run/checkpoint.pt")])
+    found = json.loads((tmp_path / "run/evaluate-captions.json").read_text())["results"]
+    last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert read == [True] and found == {k: v for k, v in last.items() if k != "step"}
+
 
 def test_image_files_without_captions_are_refused(refused_by, tmp_path):
     write_folder(tmp_path / "data", {f"{part}/{c}": 2 for part in ("train", "val") for c in "ab"})

@@ -121,7 +121,7 @@ def work(args, row, seed):
     if seed == args.seeds[0] and row[2] and not target.exists():
         folder = folder.with_name(f"{slug(row)}-state")
         python([*row[2].split(), *shared, "--out", str(folder), "--limit-train", "600",
-                "--epochs", "1"], folder)
+                "--epochs", "2"], folder)
         target.write_text(json.dumps(state_bytes(ROOT / folder / "checkpoint.pt", 600)))
 
 
