@@ -554,7 +554,7 @@ def check(args):
     if args.loss == "ce" and args.clusters in ("kmeans", "instance", "-1"):
         raise common.BadInput("--loss ce needs --clusters with a column of ids")
     if args.loss == "ce":
-        common.unused(args, ["tau", "base_tau", "dim"], "by --loss ce")
+        common.unused(args, ["tau", "base_tau"], "by --loss ce")
     if args.dual:
         common.unused(args, ["base_tau"], "with --dual")
 

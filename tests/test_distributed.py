@@ -240,14 +240,15 @@ def case_stop(folder):
     return found
 
 
+KMEANS = ["--clusters", "kmeans", "--k", "4", "--kmeans"]
 TRAININGS = {
     "instance": [],
     "coarse": ["--clusters", "coarse"],
     "ce": ["--clusters", "label", "--loss", "ce"],
-    "faiss": ["--clusters", "kmeans", "--kmeans", "faiss"],
-    "torch": ["--clusters", "kmeans", "--kmeans", "torch"],
-    "dual": ["--clusters", "kmeans", "--kmeans", "torch", "--dual", "--kmeans-warmup", "1"],
-    "float32": ["--clusters", "kmeans", "--kmeans", "faiss"],
+    "faiss": [*KMEANS, "faiss"],
+    "torch": [*KMEANS, "torch"],
+    "dual": [*KMEANS, "torch", "--dual", "--kmeans-warmup", "1"],
+    "float32": [*KMEANS, "faiss"],
 }
 
 
@@ -261,7 +262,7 @@ def train(folder, more, dtype=torch.float64):
             return made[name]
         return make
 
-    args = flags("--out", folder, "--epochs", "3", "--k", "4", "--dim", "6", "--knn-every", "1",
+    args = flags("--out", folder, "--epochs", "3", "--dim", "6", "--knn-every", "1",
                  "--knn-k", "9", "--log-every", "1", "--lr", "0.1", *more)
     with mock.patch.object(clinfonce, "ClInfoNCE", keep("model", Net)), \
             mock.patch.object(clinfonce, "Clusters", keep("clusters", clinfonce.Clusters)), \
