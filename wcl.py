@@ -411,7 +411,7 @@ def train(args):
     if args.picture and not common.stopping():
         more += picture(model, data, strong, args)
     common.summary(log, args, f"{name}, {args.dataset}", first_step, more, panels=[
-        (("purity", "random"), "purity of weak labels and of random groups (%)"),
+        (("purity", "random"), "purity of weak labels (%)"),
         ("components", "components in a batch")])
 
 
@@ -506,7 +506,7 @@ def picture(model, data, spec, args, rows=8, columns=14, side=48):
             right = (t == common_class).tolist()
             text += f"\n{sum(right)} of class\n{names[common_class] if names else common_class}"
             if sum(right) == 1 < len(members):
-                text, right = f"{len(members)} images\nof as many classes", [None] * len(members)
+                text, right = f"{len(members)} images\nno two of one class", [None] * len(members)
         pen.multiline_text((6, top + 2), text, "black")
         x = torch.cat(list(data.still_batches(data.train, members[:columns], args.image_size,
                                               False))).cpu()
