@@ -2104,7 +2104,7 @@ class Parser(argparse.ArgumentParser):
             unused(args, ["nesterov"], f"by --optimizer {args.optimizer}")
         if args.optimizer == "adamw":
             unused(args, ["momentum"], "by --optimizer adamw")
-        if self.trains and args.dataset.startswith("shapes"):
+        if self.trains and args.dataset.startswith("shapes") and not vars(args).get("evaluate"):
             unused(args, ["data_dir", "train_file", "test_file", "image_root", "classes",
                           "download"], f"by --dataset {args.dataset}, which is built in: name "
                    "another --dataset")

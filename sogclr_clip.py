@@ -740,7 +740,7 @@ def bank_row(row, f, seen, m):
     return torch.where(seen[:, None], F.normalize(m * row + (1 - m) * f, dim=1), f)
 
 
-def optimizer(args, model, objective):
+def grouped_optimizer(args, model, objective):
     """AdamW (or SGD); no weight decay for vectors, biases and temperatures."""
     towers = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     vectors = {n for n, p in towers if n.endswith(".bias") or p.ndim < 2}
@@ -970,9 +970,9 @@ def train(args):
     D = encode(model, pairs.tokens[:1]).shape[1]
     objective = Objective(args, pairs, D).to(device)
     network = common.ddp(model, args)
-    opt, scaler = optimizer(args, model, objective), common.scaler(args, device)
-    log = common.Log(args, data)
-    state = dict(model=model, objective=objective, optimizer=opt, scaler=scaler, log=log)
+    optimizer = grouped_optimizer(args, model, objective)
+    scaler, log = common.scaler(args, device), common.Log(args, data)
+    state = dict(model=model, objective=objective, optimizer=optimizer, scaler=scaler, log=log)
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
     spec = common.augmentation(args)
 
@@ -996,14 +996,14 @@ def train(args):
         loss, stats = objective(x, t, p, q, own, step, epoch, same)
 
         lr = learning_rate(step, data.steps_per_epoch, args)
-        for group in opt.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        opt.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         value = common.finite(loss, step)  # all ranks stop together
         objective.update()
         scaler.scale(loss).backward()
         objective.average_gradients()
-        scaler.step(opt)
+        scaler.step(optimizer)
         scaler.update()
         log(step, loss=value, lr=lr, **common.means(stats))
 

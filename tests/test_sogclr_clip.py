@@ -638,7 +638,9 @@ def test_train_on_captions(captions, tmp_path, monkeypatch, in_memory):
     # an evaluation of the checkpoint reads the test images as the training's own evaluations do
     read = []
     monkeypatch.setattr(sogclr_clip, "in_memory", lambda data, x: read.append(x is data.test))
-    sogclr_clip.main([*BASE, "--evaluate", str(tmp_path / "run/checkpoint.pt")])
+    moved = captions.rename(tmp_path / "moved")  # may change, the data set not
+    sogclr_clip.main([*BASE, "--evaluate", str(tmp_path / "run/checkpoint.pt"), "--data-dir",
+                      str(moved)])
     found = json.loads((tmp_path / "run/evaluate-captions.json").read_text())["results"]
     last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
     assert read == [True] and found == {k: v for k, v in last.items() if k != "step"}
