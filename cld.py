@@ -420,16 +420,13 @@ def train(args):
     views = 2 if args.base in ("npid", "byol") else 3  # MoCo, InfoMin: two queries and the key
     more = [(jigsaw_spec(args), 1)] if args.base == "infomin" else []
 
-    def knn():
+    def measure():
         if args.knn_feature == "backbone":
-            return common.knn_accuracy(model.backbone, data)
-        return common.knn_accuracy(model, data, pick=lambda out: out["f_I"][0])  # E11
+            return dict(knn_top1=common.knn_accuracy(model.backbone, data))
+        return dict(knn_top1=common.knn_accuracy(model, data, lambda out: out["f_I"][0]))  # E11
 
     if first_step == 0:
-        with log.pause():
-            log.write(step=0, knn_top1=knn())
-            common.views_picture(data, spec, f"{args.out}/views.png")
-            common.save(state, 0, args)
+        common.begin(state, args, data, spec, measure)
 
     for batch in data.batches(first_step, steps, spec, views, more):
         step = batch.step
@@ -463,12 +460,7 @@ def train(args):
             common.momentum_update(key, model, args.key_momentum)
         log(step, loss=value, lr=lr, **common.means(parts))
 
-        if data.end_of_epoch(step, every=args.knn_every):
-            with log.pause():
-                log.write(step=step + 1, knn_top1=knn())
-        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
-            common.save(state, step + 1, args)
-        if common.stopping():
+        if common.end_step(step, state, args, data, measure):
             break
     title = args.base + (f" + CLD, k = {args.k}" if args.lambda_cld > 0 else "")
     common.summary(log, args, f"{title}, {args.dataset}", first_step,

@@ -447,16 +447,16 @@ def train(args):
     def spec(step):  # weak views while the instance head of the dual form trains alone
         return weak if step < args.kmeans_warmup * data.steps_per_epoch else strong
 
+    def measure():
+        return dict(knn_top1=common.knn_accuracy(model.backbone, data))
+
     if first_step == 0:
         log.write(step=0, clusters=args.clusters, **about)
         first = args.clusters
         first += " (until the first K-means: every image)" * (args.clusters == "kmeans")
         common.say("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, I(Z;T) = "
                    "{I_Z_T:.4f} bits, T = {}".format(first, args.label, **about))
-        with log.pause():
-            log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data))
-            common.views_picture(data, strong, f"{args.out}/views.png")
-            common.save(state, 0, args)
+        common.begin(state, args, data, strong, measure)
 
     for batch in data.batches(first_step, steps, spec, views=1 if args.loss == "ce" else 2):
         step, epoch = batch.step, batch.step // data.steps_per_epoch + 1
@@ -491,12 +491,7 @@ def train(args):
         scaler.update()
         log(step, loss=value, lr=lr)
 
-        if data.end_of_epoch(step, every=args.knn_every):
-            with log.pause():
-                log.write(step=step + 1, knn_top1=common.knn_accuracy(model.backbone, data))
-        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
-            common.save(state, step + 1, args)
-        if common.stopping():
+        if common.end_step(step, state, args, data, measure):
             break
     common.summary(log, args, f"Cl-InfoNCE, clusters {args.clusters}, {args.dataset}", first_step)
 

@@ -1721,6 +1721,29 @@ def resume(state, args):
     return step
 
 
+def begin(state, args, data, spec, measure):
+    """Before the first step of a new run: step 0 of the log, views.png, a checkpoint.
+
+    measure: function without arguments that evaluates the network; its dict goes into the log.
+    """
+    with state["log"].pause():
+        state["log"].write(step=0, **measure())
+        views_picture(data, spec, f"{args.out}/views.png")
+        save(state, 0, args)
+
+
+def end_step(step, state, args, data, measure):
+    """After a step (from 0): every --knn-every epochs `measure`, as in `begin`, and every
+    --save-every epochs, or when the ranks agreed to stop, a checkpoint. Returns: whether to stop.
+    """
+    if data.end_of_epoch(step, every=args.knn_every):
+        with state["log"].pause():
+            state["log"].write(step=step + 1, **measure())
+    if stopping() or data.end_of_epoch(step, every=args.save_every):
+        save(state, step + 1, args)
+    return stopping()
+
+
 def _same_flags(old, args, method):
     new = plain(args)
     changed = [f"{flag(k)} {old.get(k)} -> {new.get(k)}"

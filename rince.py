@@ -361,13 +361,13 @@ def train(args):
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
     spec, form = common.augmentation(args), FORMS[args.loss]
 
+    def measure():
+        return dict(knn_top1=common.knn_accuracy(model.backbone, data))
+
     if first_step == 0:
         if args.loss != "ce":
             describe(names, table, taus, args)
-        with log.pause():
-            log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data))
-            common.views_picture(data, spec, f"{args.out}/views.png")
-            common.save(state, 0, args)
+        common.begin(state, args, data, spec, measure)
 
     for batch in data.batches(first_step, steps, spec, views=1 if args.loss == "ce" else 2):
         step, y = batch.step, ranks.ids[batch.rows]  # (b,)
@@ -404,12 +404,7 @@ def train(args):
             queue.enqueue(keys, y_keys)
         log(step, loss=value, lr=lr)
 
-        if data.end_of_epoch(step, every=args.knn_every):
-            with log.pause():
-                log.write(step=step + 1, knn_top1=common.knn_accuracy(model.backbone, data))
-        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
-            common.save(state, step + 1, args)
-        if common.stopping():
+        if common.end_step(step, state, args, data, measure):
             break
     unseen = "" if args.dataset == "shapes" else " --outliers NAME=FILE"
     common.summary(log, args, f"RINCE, --loss {args.loss}, {args.dataset}", first_step, more=[

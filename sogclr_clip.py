@@ -976,13 +976,13 @@ def train(args):
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
     spec = common.augmentation(args)
 
+    def measure():
+        return scores(model, tokenizer, data, test)[0]
+
     if first_step == 0:
         common.say(f"{pairs.N_T} captions of {pairs.N_I} images, {pairs.distinct} distinct; "
                    f"test: {test.N_T} of {test.N_I}")
-        with log.pause():
-            log.write(step=0, **scores(model, tokenizer, data, test)[0])
-            common.views_picture(data, spec, f"{args.out}/views.png")
-            common.save(state, 0, args)
+        common.begin(state, args, data, spec, measure)
 
     for batch in data.batches(first_step, steps, spec, views=1):
         step, epoch = batch.step, batch.step // data.steps_per_epoch  # epoch from 0
@@ -1007,12 +1007,7 @@ def train(args):
         scaler.update()
         log(step, loss=value, lr=lr, **common.means(stats))
 
-        if data.end_of_epoch(step, every=args.knn_every):
-            with log.pause():
-                log.write(step=step + 1, **scores(model, tokenizer, data, test)[0])
-        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
-            common.save(state, step + 1, args)
-        if common.stopping():
+        if common.end_step(step, state, args, data, measure):
             break
     finish(log, args, objective, model, tokenizer, data, test, first_step)
 

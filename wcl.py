@@ -354,16 +354,16 @@ def train(args):
     def spec(step):
         return weak if step < weak_epochs * data.steps_per_epoch else strong
 
+    def measure():
+        return dict(knn_top1=common.knn_accuracy(model.backbone, data))
+
     if args.recipe in OWN:
         common.say(f"recipe {args.recipe}: values of this project, not a published setting of WCL")
     if args.crops:
         common.say("multi-crop: our reconstruction (E9), not confirmed by the paper or its code")
     if first_step == 0:
-        with log.pause():
-            log.write(step=0, knn_top1=common.knn_accuracy(model.backbone, data),
-                      **untrained(model, data, strong, label))
-            common.views_picture(data, strong, f"{args.out}/views.png")
-            common.save(state, 0, args)
+        common.begin(state, args, data, strong,
+                     lambda: {**measure(), **untrained(model, data, strong, label)})
 
     for batch in data.batches(first_step, steps, spec,
                               more=[(small, args.crops)] if args.crops else []):
@@ -399,12 +399,7 @@ def train(args):
         scaler.update()
         log(step, loss=value, lr=lr, **common.means(found), **about)
 
-        if data.end_of_epoch(step, every=args.knn_every):
-            with log.pause():
-                log.write(step=step + 1, knn_top1=common.knn_accuracy(model.backbone, data))
-        if common.stopping() or data.end_of_epoch(step, every=args.save_every):
-            common.save(state, step + 1, args)
-        if common.stopping():
+        if common.end_step(step, state, args, data, measure):
             break
     name = "WCL" if args.beta > 0 else "SimCLR (WCL with beta 0)"
     more = words(log)
