@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -116,8 +117,10 @@ def setup(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if size > 1 and not dist.is_initialized():
-        # K-means on rank 0 may take longer than NCCL's usual ten minutes
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
+        # gloo beside NCCL: the features of a very large data set lie on the CPU; four hours:
+        # K-means on rank 0 may take longer than the usual ten minutes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(hours=4))
     if args.amp == "auto":
         args.amp = "bf16" if cuda else "none"  # a CPU emulates bf16, slowly
     torch.manual_seed(args.seed)  # the initial weights; all later draws use generator()
@@ -295,18 +298,12 @@ def balanced_rows(labels, n, seed):
 
 
 def _shapes(args):
-    def table(n, seed):
-        images, columns, classes, captions = shapes(n, seed)
-        return Table(columns, classes, images, captions=captions)
-    return table(4096, 0), table(1024, 1)
-
-
-def _shapes_views(args):
-    """512 objects, eight renders of each, so strongly correlated; 1,024 others, one render each."""
-    def table(n, seed, renders):
+    """`shapes`: every image another object; `shapes-views`: training images of 512 objects, eight
+    renders of each, so strongly correlated."""
+    def table(n, seed, renders=1):
         images, columns, classes, captions = shapes(n, seed, renders=renders)
         return Table(columns, classes, images, captions=captions)
-    return table(4096, 0, 8), table(1024, 1, 1)
+    return table(4096, 0, 8 if args.dataset == "shapes-views" else 1), table(1024, 1)
 
 
 def _cifar(args):
@@ -661,7 +658,7 @@ def _inside(root, path, source, row):
 
 
 SOURCES = {
-    "shapes": _shapes, "shapes-views": _shapes_views, "cifar10": _cifar, "cifar100": _cifar,
+    "shapes": _shapes, "shapes-views": _shapes, "cifar10": _cifar, "cifar100": _cifar,
     "stl10": _stl10, "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
     "captions": _captions,
 }
@@ -725,10 +722,11 @@ class Data:
                 parts = [(part.params["crop"].unflatten(0, (part.views, -1)),
                           part.params["seed"].view(part.views, -1), part.spec)
                          for part in (batch, *batch.more)]
-                yield [(row, [(u[:, i].numpy(), s[:, i].tolist(), spec) for u, s, spec in parts])
+                yield [(row, functools.partial(_crops, groups=[
+                    (u[:, i].numpy(), s[:, i].tolist(), spec) for u, s, spec in parts]))
                        for i, row in enumerate(batch.rows.tolist())]
 
-        for images in self._loader(_Crops(self.train.paths), tasks()):
+        for images in self._loader(self.train.paths, tasks()):
             batch = ahead.popleft()
             batch.rows = batch.rows.to(self.device, non_blocking=True)
             for part, x in zip((batch, *batch.more), images, strict=True):
@@ -758,10 +756,10 @@ class Data:
         return SimpleNamespace(step=step, first=own.start, rows=rows, more=parts[1:],
                                **vars(parts[0]))
 
-    def _loader(self, files, tasks):
+    def _loader(self, paths, tasks):
         workers = self.args.workers
         loader = torch.utils.data.DataLoader(
-            files, batch_sampler=tasks, num_workers=workers, collate_fn=_collate,
+            _Files(paths), batch_sampler=tasks, num_workers=workers, collate_fn=_collate,
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None)
         for images in loader:
             if isinstance(images, str):
@@ -775,46 +773,55 @@ class Data:
         of Cl-InfoNCE do; `squash`: resize to S x S without a crop (their dual form).
         """
         if table.images is None:
-            tasks = [[(row, size, squash) for row in part.tolist()] for part in rows.split(batch)]
-            for images in self._loader(_Stills(table.paths), tasks):
+            cut = functools.partial(_still_of_file, size=size, squash=squash)
+            tasks = [[(row, cut) for row in part.tolist()] for part in rows.split(batch)]
+            for (images,) in self._loader(table.paths, tasks):
                 yield images.to(self.device, non_blocking=True).float()
             return
         for part in rows.split(batch):
             yield still(table.images[part.to(self.device)].float(), size, squash)
 
-
-def _decode(path):
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
-        return None
+    def pixels(self, table, rows, size, squash=False):
+        """The same as one uint8 tensor (n, 3, S, S) on the CPU, for pictures."""
+        return torch.cat([x.round().byte().cpu()
+                          for x in self.still_batches(table, rows, size, squash)])
 
 
-class _Crops:
-    """Decode an image once and cut its crops: a list of uint8 (V, 3, S, S), one for each group of
-    views, or the path if it is broken."""
+class _Files:
+    """Decode an image once and cut it, in a worker: a list of uint8 arrays, or the path if it is
+    broken. A task is a row and a function of the PIL image."""
 
     def __init__(self, paths):
         self.paths = paths
 
     def __getitem__(self, task):
-        row, groups = task
-        image = _decode(self.paths[row])
-        if image is None:
+        row, cut = task
+        try:
+            image = Image.open(self.paths[row]).convert("RGB")
+        except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
             return self.paths[row]
-        return [self.cut(image, *group) for group in groups]
+        return cut(image)
 
-    def cut(self, image, u, seeds, spec):
-        """The V crops of an image, from their uniforms u (V, 22) and seeds (V of them)."""
-        S, (W, H) = spec["size"], image.size
+
+def _collate(items):
+    broken = [item for item in items if isinstance(item, str)]
+    return broken[0] if broken else [torch.from_numpy(np.stack(part)) for part in zip(*items)]
+
+
+def _crops(image, groups):
+    """Crops (V, 3, S, S) of an image for each group: uniforms (V, 22), seeds (V of them), spec."""
+    crops, (W, H) = [], image.size
+    for u, seeds, spec in groups:
         boxes = torch.tensor([[0, 0, H, W]]).expand(len(u), 4)
         if spec["crop"] is not None:
             boxes = crop_boxes(torch.from_numpy(u), H, W, spec["crop"], spec["ratio"])
-        cut = [image.crop((x, y, x + w, y + h)).resize((S, S), Image.Resampling.BILINEAR)
+        cut = [image.crop((x, y, x + w, y + h)).resize(2 * [spec["size"]],
+                                                       Image.Resampling.BILINEAR)
                for y, x, h, w in boxes.tolist()]
         if spec.get("randaugment"):
             cut = [randaugment(c, seed, spec) for c, seed in zip(cut, seeds, strict=True)]
-        return np.stack([np.asarray(c).transpose(2, 0, 1) for c in cut])
+        crops.append(np.stack([np.asarray(c).transpose(2, 0, 1) for c in cut]))
+    return crops
 
 
 def randaugment(image, seed, spec):
@@ -839,27 +846,8 @@ def still(image, size, squash=False):
     return tvf.center_crop(tvf.resize(image, 2 ** math.ceil(math.log2(size))), [size, size])
 
 
-class _Stills:
-    """Decode an image and take its evaluation view: uint8 (3, S, S), or the path if broken."""
-
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __getitem__(self, task):
-        row, size, squash = task
-        image = _decode(self.paths[row])
-        if image is None:
-            return self.paths[row]
-        return np.asarray(still(image, size, squash)).transpose(2, 0, 1)
-
-
-def _collate(items):
-    broken = [item for item in items if isinstance(item, str)]
-    if broken:
-        return broken[0]
-    if isinstance(items[0], list):
-        return [torch.from_numpy(np.stack(group)) for group in zip(*items)]
-    return torch.from_numpy(np.stack(items))
+def _still_of_file(image, size, squash):
+    return [np.asarray(still(image, size, squash)).transpose(2, 0, 1)]
 
 
 # The built-in data set: rendered shapes (synthetic; say so beside every figure made with it).
@@ -1846,6 +1834,39 @@ def views_picture(data, spec, path, rows=8, views=7):
     replace(Path(path), lambda file: image.save(file, "PNG"))
 
 
+FRAMES = {None: (90, 90, 90), True: (40, 160, 60), False: (205, 50, 45)}  # gray, green, red
+
+
+def image_rows(path, title, rows, left=8, side=96):
+    """Save a PNG of rows of framed images.
+
+    Args: rows, pairs of a text in the `left` pixels and of images: (uint8 (3, S, S), True, False or
+    None for a green, red or gray frame, text below); side, of an image in pixels.
+    """
+    from PIL import ImageDraw, ImageFont
+
+    frame = side // 24
+    step = side + 2 * frame + 4
+    below = 16 if any(text for _, images in rows for *_, text in images) else 0
+    width = max(left + step * max(len(images) for _, images in rows),
+                16 + int(ImageFont.load_default().getlength(title)))
+    sheet = Image.new("RGB", (width, 26 + (step + below) * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((8, 7), title, "black")
+    for i, (text, images) in enumerate(rows):
+        y = 26 + i * (step + below)
+        pen.multiline_text((8, y + frame), text, "black")
+        for j, (image, right, name) in enumerate(images):
+            x, edge = left + j * step, side + 2 * frame
+            pen.rectangle((x, y, x + edge - 1, y + edge - 1), fill=FRAMES[right])
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+            sheet.paste(tile.resize((side, side), Image.Resampling.BOX), (x + frame, y + frame))
+            while pen.textlength(name) > edge:
+                name = name[:-3] + ".."
+            pen.text((x, y + edge + 2), name, "black")
+    replace(Path(path), lambda file: sheet.save(file, "PNG"))
+
+
 # ---------------------------------------------------------------------------------- 7 evaluation
 
 
@@ -1880,9 +1901,7 @@ def features(module, data, table, squash=False, pick=None, unit=False):
     dist.all_reduce(width, op=dist.ReduceOp.MAX)
     mine = torch.cat(parts) if parts else torch.zeros(0, int(width), device=data.device)
     mine = F.pad(mine, (0, 0, 0, -(-N // W) - len(mine)))  # equal shapes; the padding is cut below
-    everyone = [torch.empty_like(mine) for _ in range(W)]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone, 1).flatten(0, 1)[:N]  # row i stands on rank i % W
+    return gather(mine).unflatten(0, (W, -1)).transpose(0, 1).flatten(0, 1)[:N]  # i: rank i % W
 
 
 @torch.no_grad()

@@ -37,7 +37,6 @@ Measured: demo 109 seconds on 2 busy cores, kNN 13.5 -> 47.6 % (synthetic); c100
 seconds, 1.2 GB, results in the README. The GPU recipes were not run yet at full length.
 """
 import copy
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -471,47 +470,36 @@ def words(log):
     return lines
 
 
-def picture(model, data, spec, args, rows=8, columns=14, side=48):
+def picture(model, data, spec, args, rows=8, columns=14):
     """Save components.png: each row the images of one weak label of the first batch, from the
     largest component to the smallest; a frame is green where the image has the commonest class.
 
     Returns: the line for the summary.
     """
-    from PIL import Image, ImageDraw
-
     batch, y = next(graphs(model, data, spec, 1))
-    path = Path(args.out) / "components.png"
+    path = f"{args.out}/components.png"
     if common.rank() > 0:
         return []
     y, batch, label = y[0].cpu(), batch.cpu(), true_labels(data, args)
     names = data.train.classes.get(args.label)
     order = torch.bincount(y).argsort(descending=True, stable=True)  # (components,)
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
-    sheet = Image.new("RGB", (150 + columns * (side + 8), 24 + len(chosen) * (side + 8)), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((6, 6), f"weak labels of one batch of {len(y)} images: {len(chosen)} of its "
-             f"{len(order)} components, from large to small; green: the commonest class" +
-             (" (synthetic images)" if args.dataset == "shapes" else ""), "black")
-    for i, c in enumerate(chosen.tolist()):
-        members, top = batch[y == c], 24 + i * (side + 8)
+    lines = []
+    for c in chosen.tolist():
+        members = batch[y == c]
         text, right = f"{len(members)} images", [None] * len(members)
         if label is not None:
-            t = label[members]
-            common_class = int(torch.bincount(t).argmax())
-            right = (t == common_class).tolist()
-            text += f"\n{sum(right)} of class\n{names[common_class] if names else common_class}"
+            best = int(torch.bincount(label[members]).argmax())
+            right = (label[members] == best).tolist()
+            text += f"\n{sum(right)} of class\n{names[best] if names else best}"
             if sum(right) == 1 < len(members):
                 text, right = f"{len(members)} images\nno two of one class", [None] * len(members)
-        pen.multiline_text((6, top + 2), text, "black")
-        x = torch.cat(list(data.still_batches(data.train, members[:columns], args.image_size,
-                                              False))).cpu()
-        x = F.interpolate(x, size=(side, side)).round().byte().permute(0, 2, 3, 1).numpy()
-        for j, (image, good) in enumerate(zip(x, right)):
-            left = 150 + j * (side + 8)
-            colour = {None: (90, 90, 90), True: (40, 160, 60), False: (205, 50, 45)}[good]
-            pen.rectangle((left - 2, top - 2, left + side + 1, top + side + 1), fill=colour)
-            sheet.paste(Image.fromarray(image), (left, top))
-    common.replace(path, lambda file: sheet.save(file, "PNG"))
+        x = data.pixels(data.train, members[:columns], args.image_size)
+        lines.append((text, [(image, good, "") for image, good in zip(x, right)]))
+    title = (f"weak labels of one batch of {len(y)} images: {len(chosen)} of its {len(order)} "
+             "components, from large to small; green: the commonest class" +
+             (" (synthetic images)" if args.dataset.startswith("shapes") else ""))
+    common.image_rows(path, title, lines, left=150, side=48)
     return [f"  components   {path}"]
 
 
