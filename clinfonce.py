@@ -52,6 +52,9 @@ PAPER = dict(  # [R] run_clinfonce.sh, util.py; Cl-InfoNCE's own augmentation ha
 SMALL = dict(  # [K] plain NT-Xent scale (T0 = T), one warm-up epoch, cosine to 0
     tau=0.2, base_tau=0.2, lr=0.5, momentum=0.9, nesterov=True, weight_decay=1e-4,
     schedule="cosine", warmup=1, batch_size=256, channels_last=True)
+CIFAR = dict(  # [K] an extension: the paper has no CIFAR
+    SMALL, arch="resnet18", stem="cifar", epochs=200, batch_size=512, lr=1.0, warmup=10,
+    clusters="kmeans", k=1000, kmeans_warmup=20, knn_every=10, amp="auto")
 ATTRIBUTES = dict(  # [K] there is no released script for CUB, UT-Zappos, Wider
     PAPER, dataset="csv", arch="resnet50", clusters="10", tau=0.1, epochs=1000, batch_size=128,
     lr=0.1)
@@ -62,12 +65,8 @@ RECIPES = {
         SMALL, dataset="cifar100", limit_train=10000, epochs=15,
         crop=[0.08, 1.0],                           # SimCLR B.9: crop, flip, jitter 0.5, no blur
         clusters="instance", k=100, kmeans_warmup=5, knn_every=15),
-    "cifar10": dict(  # [K] an extension: the paper has no CIFAR
-        SMALL, dataset="cifar10", arch="resnet18", stem="cifar", epochs=200, batch_size=512, lr=1.0,
-        warmup=10, clusters="kmeans", k=1000, kmeans_warmup=20, knn_every=10, amp="auto"),
-    "cifar100": dict(  # [K] the same
-        SMALL, dataset="cifar100", arch="resnet18", stem="cifar", epochs=200, batch_size=512,
-        lr=1.0, warmup=10, clusters="kmeans", k=1000, kmeans_warmup=20, knn_every=10, amp="auto"),
+    "cifar10": dict(CIFAR, dataset="cifar10"),
+    "cifar100": dict(CIFAR, dataset="cifar100"),
     "fashion": dict(  # [K] product photographs with eight attributes, see README
         SMALL, dataset="npz", train_file="fashion_attributes_96.npz", image_size=64, epochs=10,
         label="articleType", clusters="attributes:2"),
@@ -504,6 +503,11 @@ def warmup_rule(epoch, epochs, lr, min_lr=1e-5):
     return max(common.cosine_by_epoch(epoch - w, epochs - w, lr, lr * 0.1 ** 3), min_lr)
 
 
+def exp_by_epoch(epoch, lr, rate=0.95, floor=1e-5):
+    """Rate of epoch (from 1): lr * rate^(epoch - 1), at least `floor`."""
+    return max(lr * rate ** (epoch - 1), floor)
+
+
 def learning_rate(step, steps_per_epoch, args):
     """Rate of a step from --schedule: a pure function of the step."""
     epoch = step // steps_per_epoch + 1
@@ -512,7 +516,7 @@ def learning_rate(step, steps_per_epoch, args):
     if args.schedule == "cosine-epoch":
         return common.cosine_by_epoch(epoch, args.epochs, args.lr, args.lr * 1e-3)
     if args.schedule == "exp":
-        return common.exp_by_epoch(epoch, args.lr)
+        return exp_by_epoch(epoch, args.lr)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr,
                                 args.warmup * steps_per_epoch)
 

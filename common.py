@@ -387,13 +387,12 @@ def npz_table(path, test=None):
         if "is_test" not in arrays:
             raise BadInput(f"npz pack {path} has no array is_test; name a --test-file")
         rows = rows[arrays["is_test"].astype(bool) == test]
-    names = {"labels": "label", "coarse_labels": "coarse"}
-    columns, classes = {}, {}
-    for key, array in arrays.items():
-        if key != "is_test" and array.shape == (n,) and array.dtype.kind in "iu":
-            columns[names.get(key, key)] = torch.from_numpy(array[rows].astype(np.int64))
-        if key in ("classes", "coarse_classes"):
-            classes[{"classes": "label", "coarse_classes": "coarse"}[key]] = array.tolist()
+    rename = {"labels": "label", "coarse_labels": "coarse"}
+    columns = {rename.get(key, key): torch.from_numpy(array[rows].astype(np.int64))
+               for key, array in arrays.items()
+               if key != "is_test" and array.shape == (n,) and array.dtype.kind in "iu"}
+    classes = {name: arrays[key].tolist() for key, name in (
+        ("classes", "label"), ("coarse_classes", "coarse")) if key in arrays}
     attributes = arrays.get("attributes", np.empty((n, 0)))
     names = arrays.get("attribute_names", np.empty(0, str)).tolist()
     if attributes.shape != (n, len(names)):
@@ -514,18 +513,15 @@ def csv_table(root, file, class_names):
     for name in ("path", "class"):
         if name not in frame:
             raise BadInput(f"{source} has no column {name!r}; it has: {', '.join(frame.columns)}")
-    index = frame.iloc[:, 0].str.strip()
+    index = pd.Series(map(str, range(len(frame))), dtype=str)
     if frame.columns[0].startswith("Unnamed") or frame.columns[0] == "index":
-        keep = index != "-1"
-        frame, index = frame[keep], index[keep]
-    else:
-        index = pd.Series([str(i) for i in range(len(frame))], index=frame.index)
-    frame = frame.reset_index(drop=True)
-    if (index == "-1").any() or not len(frame):
-        raise BadInput(f"{source}: a summary row is left, or no row at all")
+        index = frame.iloc[:, 0].str.strip()
+    frame, index = (x[index != "-1"].reset_index(drop=True) for x in (frame, index))
+    if not len(frame):
+        raise BadInput(f"{source} has no row of an image")
     integer = r"-?\d{1,18}(\.0+)?"  # more digits do not fit into int64
     if not (whole := index.str.fullmatch(integer)).all():
-        raise BadInput(f"{source}: index {index[~whole].iloc[0]!r} is not an integer")
+        raise BadInput(f"{source}: index {index[(~whole).idxmax()]!r} is not an integer")
     columns, classes = {}, {}
     for name in frame.columns:
         if name == "path" or name.startswith("Unnamed"):
@@ -535,9 +531,9 @@ def csv_table(root, file, class_names):
         if whole.all():
             columns[name] = torch.tensor([int(v.split(".")[0]) for v in text])
         elif name.startswith("label_gran") or whole.any():
-            row = int((~whole).to_numpy().argmax())
-            raise BadInput(f"{source}, row {index.iloc[row]}, column {name}: "
-                           f"{text.iloc[row]!r} is not an integer")
+            row = (~whole).idxmax()
+            raise BadInput(f"{source}, row {index[row]}, column {name}: {text[row]!r} is not an "
+                           "integer")
         else:
             classes[name] = sorted(text.unique())
             columns[name] = torch.tensor([classes[name].index(v) for v in text])
@@ -1483,11 +1479,6 @@ def warmup_by_epoch(step, steps_per_epoch, epochs, lr, warmup, start=0.01, rate=
     return cosine_by_epoch(step // steps_per_epoch + 1, epochs, lr, floor)
 
 
-def exp_by_epoch(epoch, lr, rate=0.95, floor=1e-5):
-    """Rate of epoch (from 1): lr * rate^(epoch - 1), at least `floor`."""
-    return max(lr * rate ** (epoch - 1), floor)
-
-
 def steps_by_epoch(epoch, milestones, lr, rate=0.1):
     """Rate of epoch (from 1): times `rate` for every milestone smaller than epoch."""
     return lr * rate ** sum(m < epoch for m in milestones)
@@ -2034,6 +2025,15 @@ def require(args, above=(), least=(), share=()):
                 raise BadInput(f"{flag(name)} must be {text}, got {value}")
 
 
+def require_views(args, crop="crop", jitter="jitter"):
+    """BadInput unless these flags are two shares of the area and four strengths of jitter."""
+    (low, high), strength = getattr(args, crop), getattr(args, jitter)
+    if not 0 < low <= high <= 1:
+        raise BadInput(f"{flag(crop)} {low} {high}: two shares of the area, 0 < low <= high <= 1")
+    if not (min(strength) >= 0 and strength[3] <= 0.5):
+        raise BadInput(f"{flag(jitter)} {strength}: none below 0, the hue at most 0.5")
+
+
 def unused(args, names, why):
     """BadInput if one of these flags is written on the command line, where it would do nothing."""
     written = {word.split("=")[0] for word in args.argv}
@@ -2130,11 +2130,7 @@ class Parser(argparse.ArgumentParser):
                 share=["momentum", "jitter_p", "gray", "blur", "solarize", "erase"])
         if args.seed >= 2 ** 63 or args.momentum == 1:
             raise BadInput("--seed must be below 2^63, and --momentum below 1")
-        low, high = args.crop
-        if not 0 < low <= high <= 1:
-            raise BadInput(f"--crop {low} {high}: two shares of the area, 0 < low <= high <= 1")
-        if not (min(args.jitter) >= 0 and args.jitter[3] <= 0.5):
-            raise BadInput(f"--jitter {args.jitter}: none below 0, the hue at most 0.5")
+        require_views(args)
         if args.randaugment and not (args.randaugment[0] >= 0 and 0 <= args.randaugment[1] <= 10):
             raise BadInput(f"--randaugment {args.randaugment}: N at least 0, M in 0 to 10")
         if not all(0 <= value <= 1 for value in args.mean or []) or not all(

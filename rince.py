@@ -54,6 +54,10 @@ import common
 PAPER = dict(  # [R]
     tau_min=0.1, tau_max=0.6, key_momentum=0.99, momentum=0.9, weight_decay=1e-4,
     schedule="cosine-epoch", warmup=10, crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2)
+CIFAR = dict(  # [R]
+    PAPER, dataset="cifar100", arch="resnet50", stem="cifar", ranks=["label", "coarse"],
+    queue=4096, epochs=1000, batch_size=512, lr=0.5,
+    knn_every=50, amp="auto", save_every=5)         # [K]
 SMALL = dict(  # optimiser and schedule of all methods' small runs; the method's own numbers are [R]
     tau_min=0.1, tau_max=0.6, key_momentum=0.99, lr=0.5, momentum=0.9, nesterov=True,
     weight_decay=1e-4, schedule="cosine", warmup=1, batch_size=256, channels_last=True,
@@ -65,14 +69,9 @@ RECIPES = {
     "c100-small": dict(  # the protocol that all methods share on a CPU
         SMALL, dataset="cifar100", limit_train=10000, epochs=15, ranks=["label", "coarse"],
         crop=[0.08, 1.0], knn_every=15),
-    "cifar100": dict(  # [R]
-        PAPER, dataset="cifar100", arch="resnet50", stem="cifar", ranks=["label", "coarse"],
-        queue=4096, epochs=1000, batch_size=512, lr=0.5, knn_every=50,
-        amp="auto", save_every=5),                  # [K]
+    "cifar100": CIFAR,
     "cifar100-ce": dict(  # [R] crop and flip; with the contrastive views: --jitter-p 0.8 --gray 0.2
-        PAPER, dataset="cifar100", arch="resnet50", stem="cifar", ranks=["label", "coarse"],
-        loss="ce", epochs=500, batch_size=512, lr=0.8, jitter_p=0.0, gray=0.0, knn_every=50,
-        amp="auto", save_every=5),                  # [K]
+        CIFAR, loss="ce", epochs=500, lr=0.8, jitter_p=0.0, gray=0.0),
     "tinyimagenet": dict(  # [K] the authors only test on it: network and epochs of a ResNet-18 run
         PAPER, dataset="folder", arch="resnet18", stem="cifar", image_size=64, ranks=["label"],
         threshold=[0.4], queue=8192, epochs=500, batch_size=512, lr=0.5, knn_every=50, amp="auto",

@@ -517,13 +517,7 @@ def check(args):
         raise common.BadInput(f"--warmup {args.warmup} must be shorter than --epochs {args.epochs}")
     if (args.weak_epochs or 0) > args.epochs:
         raise common.BadInput(f"--weak-epochs {args.weak_epochs}: there are {args.epochs} epochs")
-    low, high = args.weak_crop
-    if not 0 < low <= high <= 1:
-        raise common.BadInput(f"--weak-crop {low} {high}: two shares of the area, 0 < low <= high "
-                              "<= 1")
-    if not (min(args.weak_jitter) >= 0 and args.weak_jitter[3] <= 0.5):
-        raise common.BadInput(f"--weak-jitter {args.weak_jitter}: none below 0, the hue at most "
-                              "0.5")
+    common.require_views(args, "weak_crop", "weak_jitter")
     if args.crops == 0:
         common.unused(args, ["crop_k", "crop_positives", "gamma", "delta"], "without --crops")
     if args.beta == 0 and (args.crops or args.picture):

@@ -397,7 +397,7 @@ def test_lr(case):
         rule = {
             "warmup": lambda e: clinfonce.warmup_rule(e, E, lr),
             "cosine": lambda e: common.cosine_by_epoch(e, E, lr, floor=lr * 1e-3),
-            "exp_decay": lambda e: common.exp_by_epoch(e, lr),
+            "exp_decay": lambda e: clinfonce.exp_by_epoch(e, lr),
         }[re.match("warmup|cosine|exp_decay", case.name)[0]]
         ours = [rule(e) for e in range(1, E + 1)]
     close(ours, case["lr"], 1e-12, 1e-6)
