@@ -484,7 +484,7 @@ def test_jigsaw_of_a_batch():
 
 def test_shapes_views(rendered):
     with mock.patch.object(common, "shapes", rendered):
-        train_set, test = common.SOURCES["shapes-views"](None)
+        train_set, test = common.SOURCES["shapes-views"](SimpleNamespace(dataset="shapes-views"))
     assert (len(train_set), len(test)) == (4096, 1024)
     objects = train_set.columns["object"]
     assert torch.equal(objects.unique(return_counts=True)[1], torch.full((512,), 8))
