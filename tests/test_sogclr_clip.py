@@ -437,7 +437,7 @@ def test_other_data_is_refused(run_main, refused_by, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "balanced_rows", lambda labels, n, seed: torch.arange(n))
     run_main(sogclr_clip.main, "run", VERY_SMALL)
     real = common.shapes  # one caption is another one
-    monkeypatch.setattr(common, "shapes", lambda n, seed: (*real(n, seed)[:3], [
+    monkeypatch.setattr(common, "shapes", lambda n, seed, renders: (*real(n, seed)[:3], [
         "a cat", *real(n, seed)[3][1:]]))
     refused_by(sogclr_clip.main, VERY_SMALL, "checkpoint.pt", "other data")
 
