@@ -1526,10 +1526,7 @@ class Log:
         sizes = {name: len(t) for name, t in (("train", data.train), ("test", data.test))}
         self.header = dict(
             command=" ".join([args.method + ".py", *args.argv]), args=plain(args),
-            data=dict(sizes, notes=data.train.notes + data.test.notes), processes=world(),
-            threads=torch.get_num_threads(), device=device_name(data.device),
-            versions=dict(python=sys.version.split()[0], torch=torch.__version__,
-                          torchvision=torchvision.__version__))
+            data=dict(sizes, notes=data.train.notes + data.test.notes), **environment(data.device))
 
     def state_dict(self):
         """What a checkpoint needs to go on with this log."""
@@ -1599,14 +1596,19 @@ def plain(args):
     return json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in skip}))
 
 
-def device_name(device):
-    """GPU name, or the CPU's model with its number of cores."""
+def environment(device):
+    """What a run's figures depend on besides its flags: a dict of processes, threads, device (name
+    of the GPU, or model of the CPU and number of its cores) and versions."""
+    name = "CPU"
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = ""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        model = next((s.split(":")[1].strip() for s in file if s.startswith("model name")), "")
-    return f"{model or 'CPU'}, {os.cpu_count()} cores"
+        name = torch.cuda.get_device_name(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+            name = next((s.split(":")[1].strip() for s in file if s.startswith("model name")), name)
+        name += f", {os.cpu_count()} cores"
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__,
+                    torchvision=torchvision.__version__)
+    return dict(processes=world(), threads=torch.get_num_threads(), device=name, versions=versions)
 
 
 def memory_mb():
@@ -1723,12 +1725,16 @@ def end_step(step, state, args, data, measure):
     return stopping()
 
 
-def _same_flags(old, args, method):
+def changed_flags(old, args, free):
+    """Texts "--name old -> new" of the flags that differ from the dict `old`, but for `free`."""
     new = plain(args)
-    changed = [f"{flag(k)} {old.get(k)} -> {new.get(k)}"
-               for k in sorted({**old, **new}) if k not in FREE_FLAGS and old.get(k) != new.get(k)]
-    if method != args.method:
-        changed.insert(0, f"{method}.py -> {args.method}.py")
+    return [f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in sorted({**old, **new})
+            if k not in free and old.get(k) != new.get(k)]
+
+
+def _same_flags(old, args, method):
+    changed = [f"{method}.py -> {args.method}.py"] if method != args.method else []
+    changed += changed_flags(old, args, FREE_FLAGS)
     if changed:
         raise BadInput(f"{args.out} holds a run with other flags ({', '.join(changed)}); "
                        "use another --out, or the same flags to go on")
@@ -1762,6 +1768,11 @@ def summary(log, args, title, first_step, more=(), panels=()):
     if stopping():
         lines = [f"stopped by SIGTERM and saved to {folder}; the same command goes on"]
     say("\n".join(lines))
+
+
+def source(args):
+    """Name of the data set, for titles: synthetic images are called so."""
+    return args.dataset + (" (synthetic)" if args.dataset.startswith("shapes") else "")
 
 
 def pyplot():
@@ -1798,8 +1809,7 @@ def curves(log, args, more=()):
         axis.grid(alpha=0.3)
         if len(found) > 1:
             axis.legend(fontsize=8)
-    figure.suptitle(f"{args.method}, {args.dataset}" +
-                    (" (synthetic)" if args.dataset.startswith("shapes") else ""), fontsize=10)
+    figure.suptitle(f"{args.method}, {source(args)}", fontsize=10)
     figure.tight_layout()
     path = Path(args.out) / "curves.png"
     replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))

@@ -42,7 +42,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import common
@@ -402,12 +401,12 @@ def progress(steps, total, what):
                 mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
-def results_file(args, script="linear_eval"):
+def results_file(args):
     """Where the results go; BadInput if it cannot be written or is not from an equal run."""
     folder = Path(args.checkpoint).parent
     if args.checkpoint == "none":
         folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
-    path = folder / f"{script}-{args.recipe}-{args.label}.json" if args.out is None else \
+    path = folder / f"{args.method}-{args.recipe}-{args.label}.json" if args.out is None else \
         Path(args.out)
     above = next(p for p in path.absolute().parents if p.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
@@ -415,15 +414,36 @@ def results_file(args, script="linear_eval"):
     if path.exists():
         try:
             old = json.loads(path.read_text())
-            old = old["args"] if old["script"] == f"{script}.py" else {}["args"]
+            old = old["args"] if old["script"] == f"{args.method}.py" else {}["args"]
         except (OSError, ValueError, KeyError, TypeError):
             raise common.BadInput(f"{path} is no file of this script; use another --out") from None
-        new, free = common.plain(args), (*common.FREE_FLAGS, "picture", "device")
-        if changed := [f"--{k.replace('_', '-')} {old.get(k)} -> {new.get(k)}" for k in sorted(
-                {**old, **new}) if old.get(k) != new.get(k) and k not in free]:
+        if changed := common.changed_flags(old, args, (*common.FREE_FLAGS, "device")):
             raise common.BadInput(f"{path} holds results with other flags ({', '.join(changed)}); "
                                   "use another --out")
     return path
+
+
+def start(args, checkpoint):
+    """What every evaluation begins with. Returns: record, a dict of what is known about the run;
+    path of the results; device; the backbone there; a line about it."""
+    path = results_file(args)
+    ours = checkpoint if checkpoint.get("format") == 1 else {}
+    record = dict(script=f"{args.method}.py", command=" ".join([f"{args.method}.py", *args.argv]),
+                  checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
+                  label=args.label, seed=args.seed, args=common.plain(args), seconds=time.time())
+    device = common.setup(args)
+    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    backbone, record["backbone"], words = open_backbone(args, checkpoint)
+    backbone = backbone.to(device, memory_format=common.layout(args)).eval()
+    return record, path, device, backbone, words
+
+
+def write(path, record, device, **results):
+    """Save the record of `start` with the results as JSON."""
+    record.update(results, **common.environment(device),
+                  seconds=round(time.time() - record["seconds"], 1))
+    common.replace(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
 
 
 def table(results, name=""):
@@ -435,42 +455,21 @@ def table(results, name=""):
     return lines
 
 
-def picture(path, args, data, h, names, queries=8, near=8, side=96):
+def picture(path, args, data, h, names, queries=8, near=8):
     """PNG: test images and their nearest training images, framed green where the label agrees."""
-    from PIL import Image, ImageDraw
-
     rows = torch.randperm(len(data.test), generator=common.generator(args.seed, 0, "picture"))
     rows, near = rows[:queries], min(near, len(data.train))
     bank, query = F.normalize(h[0], dim=1), F.normalize(h[1][rows.to(h[1].device)], dim=1)
     found = common.top_k(query, bank, near)[1].cpu()  # (queries, near)
-
-    def tiles(table, rows):  # (n, side, side, 3) uint8, n labels
-        x = torch.cat(list(data.still_batches(table, rows, args.image_size, False))).cpu()
-        x = F.interpolate(x, size=(side, side)).round().byte().permute(0, 2, 3, 1)
-        return x.numpy(), table.columns[args.label][rows].tolist()
-
-    queries, close = tiles(data.test, rows), tiles(data.train, found.flatten())
-    left, above, width, height = 14, 26, side + 14, side + 30
-    sheet = Image.new("RGB", (2 * left + (near + 1) * width, above + len(rows) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((left, 7), "test image", "black")
-    pen.text((2 * left + width, 7), "nearest training images, most similar first; frame: green = "
-             f"same {args.label}, red = another" +
-             (" (synthetic images)" if args.dataset.startswith("shapes") else ""), "black")
-    for row in range(len(rows)):
-        for column in range(near + 1):
-            images, labels = close if column else queries
-            i = row * near + column - 1 if column else row
-            x, y = left + column * width + left * (column > 0), above + row * height
-            colour = (90, 90, 90) if not column else (
-                (40, 160, 60) if labels[i] == queries[1][row] else (205, 50, 45))
-            pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), fill=colour)
-            sheet.paste(Image.fromarray(images[i]), (x, y))
-            text = names[labels[i]]
-            while pen.textlength(text) > side + 4:
-                text = text[:-3] + ".."
-            pen.text((x, y + side + 6), text, "black")
-    common.replace(path, lambda file: sheet.save(file, "PNG"))
+    lines = []
+    for row, close in zip(rows, found):
+        y, labels = data.test.columns[args.label][row], data.train.columns[args.label][close]
+        test = data.pixels(data.test, row[None], args.image_size)
+        train = data.pixels(data.train, close, args.image_size)
+        lines.append(("", [(test[0], None, names[y]), *(
+            (image, bool(label == y), names[label]) for image, label in zip(train, labels))]))
+    common.image_rows(path, "a test image, then its nearest training images, most similar first; "
+                      f"green: the same {args.label}, red: another; {common.source(args)}", lines)
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -478,12 +477,8 @@ def picture(path, args, data, h, names, queries=8, near=8, side=96):
 
 def evaluate(args, checkpoint):
     """Evaluate on this rank; see the docstring of the file."""
-    begin = time.time()
     check(args)
-    path, flags, device = results_file(args), common.plain(args), common.setup(args)
-    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    backbone, about, words = open_backbone(args, checkpoint)
+    record, path, device, backbone, words = start(args, checkpoint)
     data, names, notes = load(args, device)
     for column in args.retrieval_labels:
         data.train.column(column), data.test.column(column)
@@ -493,7 +488,6 @@ def evaluate(args, checkpoint):
     if common.rank() == 0:
         print("\n".join([words, *notes]), flush=True)
 
-    backbone, h = backbone.to(device, memory_format=common.layout(args)).eval(), None
     if args.mode != "fast":
         results = probe(args, data, backbone, len(names), device)
     if args.mode == "fast" or args.picture is not None:
@@ -502,22 +496,12 @@ def evaluate(args, checkpoint):
         results = fast(args, data, h, len(names), device)
     if common.rank() > 0:
         return
-    ours = checkpoint if checkpoint.get("format") == 1 else {}
-    record = dict(
-        script="linear_eval.py", command=" ".join(["linear_eval.py", *args.argv]),
-        checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
-        backbone=about, recipe=args.recipe, protocol=args.protocol or f"recipe {args.recipe}",
-        label=args.label, seed=args.seed, results=results, data=dict(
-            train=len(data.train), test=len(data.test), classes=len(names), notes=notes),
-        args=flags, processes=common.world(), threads=torch.get_num_threads(),
-        device=common.device_name(device),
-        versions=dict(python=sys.version.split()[0], torch=torch.__version__,
-                      torchvision=torchvision.__version__), seconds=round(time.time() - begin, 1))
-    source = args.dataset + (" (synthetic)" if args.dataset.startswith("shapes") else "")
-    print(f"protocol: {record['protocol']}; {source}, column {args.label}: {len(names)} classes, "
-          f"{len(data.train)} training and {len(data.test)} test images")
+    protocol = args.protocol or f"recipe {args.recipe}"
+    print(f"protocol: {protocol}; {common.source(args)}, column {args.label}: {len(names)} "
+          f"classes, {len(data.train)} training and {len(data.test)} test images")
     print("\n".join(table(results)))
-    common.replace(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write(path, record, device, protocol=protocol, recipe=args.recipe, results=results, data=dict(
+        train=len(data.train), test=len(data.test), classes=len(names), notes=notes))
     print(f"  {'results':26} {path}")
     if args.picture is not None:
         image = Path(args.picture) if args.picture else path.with_suffix(".png")
@@ -539,6 +523,13 @@ class Parser(common.Parser):
     """The shared flags; a checkpoint of this project gives their defaults."""
 
     trains = False
+
+    def __init__(self, method, doc, recipes):
+        super().__init__(method, doc, recipes)
+        self.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
+        add = self.add_argument_group("checkpoint and results").add_argument
+        add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
+        add("--out", help=f"JSON file (default: {method}-RECIPE-LABEL.json beside the checkpoint)")
 
     def parse_args(self, argv=None):
         """Flag over recipe over checkpoint; self.checkpoint is what `read` gave."""
@@ -570,10 +561,7 @@ class Parser(common.Parser):
 def main(argv=None):
     """Flags and start; `main([...])` runs in this process."""
     parser = Parser("linear_eval", __doc__, RECIPES)
-    parser.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
     add = parser.add_argument_group("evaluation").add_argument
-    add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
-    add("--out", help="JSON file (default: linear_eval-RECIPE-LABEL.json beside the checkpoint)")
     add("--picture", nargs="?", const="", help="save a retrieval grid (default: beside --out)")
     add("--retrieval-labels", nargs="+", default=[], help="further columns for R@k and mAP@R")
     add("--min-per-class", type=int, default=1, help="leave out classes with fewer training images")

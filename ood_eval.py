@@ -35,17 +35,11 @@ Shapes: N training images, C classes, D width of the backbone, n test images and
 distinct scores.
 """
 import argparse
-import contextlib
-import json
 import math
-import signal
-import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 
 import common
 import linear_eval
@@ -316,8 +310,7 @@ def picture(path, args, scores, results):
                    aspect="equal")
         bottom.legend(fontsize=8, loc="lower right")
     network = "untrained network" if args.checkpoint == "none" else args.checkpoint
-    figure.suptitle(f"{network}, {args.dataset}" +
-                    (" (synthetic)" if args.dataset == "shapes" else ""), fontsize=9)
+    figure.suptitle(f"{network}, {common.source(args)}", fontsize=9)
     figure.tight_layout()
     common.replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)
@@ -329,18 +322,12 @@ def picture(path, args, scores, results):
 
 def evaluate(args, checkpoint):
     """Evaluate on this rank; see the docstring of the file."""
-    begin = time.time()
     check(args)
-    path = linear_eval.results_file(args, "ood_eval")
-    flags, device = common.plain(args), common.setup(args)
-    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    backbone, about, words = linear_eval.open_backbone(args, checkpoint)
+    record, path, device, backbone, words = linear_eval.start(args, checkpoint)
     data = load(args, device)
     sets = [outliers(text, args, device) for text in args.outliers]
     if len({name for name, _ in sets}) < len(sets):
         raise common.BadInput("--outliers: two sets of one name")
-    backbone = backbone.to(device, memory_format=common.layout(args)).eval()
     tables = [data.train, data.test, *(table for _, table in sets)]
     h_train, *h = (common.features(backbone, data, table).to(device) for table in tables)
     y = data.train.columns[args.label].to(device)
@@ -363,24 +350,14 @@ def evaluate(args, checkpoint):
         if args.bootstrap:
             spread[name] = {score: {m: [100 * v for v in pair] for m, pair in intervals(
                 *n, args.bootstrap, args.seed).items()} for score, n in counts.items()}
-    ours = checkpoint if checkpoint.get("format") == 1 else {}
-    record = dict(
-        script="ood_eval.py", command=" ".join(["ood_eval.py", *args.argv]),
-        checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
-        backbone=about, headline="gaussian", label=args.label, seed=args.seed, results=results,
-        intervals=spread, data=dict(train=len(data.train), test=len(data.test),
-                                    outliers={name: len(t) for name, t in sets}),
-        args=flags, processes=common.world(), threads=torch.get_num_threads(),
-        device=common.device_name(device),
-        versions=dict(python=sys.version.split()[0], torch=torch.__version__,
-                      torchvision=torchvision.__version__), seconds=round(time.time() - begin, 1))
-    source = args.dataset + (" (synthetic)" if args.dataset == "shapes" else "")
-    print(f"in-distribution: {source}, column {args.label}, fitted to {len(data.train)} training "
-          f"images, {len(data.test)} test images; outliers: "
+    print(f"in-distribution: {common.source(args)}, column {args.label}, fitted to "
+          f"{len(data.train)} training images, {len(data.test)} test images; outliers: "
           f"{', '.join(f'{name} {len(t)}' for name, t in sets)}")
     print("\n".join([*lines_of(results, spread), "  percent; headline: gaussian; [95 % bootstrap "
                      "interval over images]"]))
-    common.replace(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    linear_eval.write(path, record, device, headline="gaussian", results=results, intervals=spread,
+                      data=dict(train=len(data.train), test=len(data.test),
+                                outliers={name: len(t) for name, t in sets}))
     print(f"  {'results':14} {path}")
     print(f"  {'picture':14} {picture(path.with_suffix('.png'), args, scores, results)}")
 
@@ -399,12 +376,9 @@ def check(args):
 def main(argv=None):
     """Flags and start; `main([...])` runs in this process."""
     parser = linear_eval.Parser("ood_eval", __doc__, RECIPES)
-    parser.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
     add = parser.add_argument_group("evaluation").add_argument
-    add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
     add("--outliers", nargs="+", help="unseen (shapes), another data set, NAME=FILE.npz, "
         "NAME=FOLDER; the files below --data-dir")
-    add("--out", help="JSON file (default: ood_eval-RECIPE-LABEL.json beside the checkpoint)")
     add("--ridge", type=float, default=1e-6, help="on the diagonal of a covariance (G1, G2)")
     add("--k", type=int, default=50, help="k of the k-NN distance (G3)")
     add("--bootstrap", type=int, default=1000, help="samples of the intervals, 0: none")

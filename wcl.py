@@ -497,8 +497,7 @@ def picture(model, data, spec, args, rows=8, columns=14):
         x = data.pixels(data.train, members[:columns], args.image_size)
         lines.append((text, [(image, good, "") for image, good in zip(x, right)]))
     title = (f"weak labels of one batch of {len(y)} images: {len(chosen)} of its {len(order)} "
-             "components, from large to small; green: the commonest class" +
-             (" (synthetic images)" if args.dataset.startswith("shapes") else ""))
+             f"components, from large to small; green: the commonest class; {common.source(args)}")
     common.image_rows(path, title, lines, left=150, side=48)
     return [f"  components   {path}"]
 

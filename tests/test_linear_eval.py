@@ -521,7 +521,7 @@ def check_two_steps(epochs, file):
 def test_picture(tmp_path):
     run(tmp_path, "--checkpoint", "none", "--label", "coarse", "--picture")
     sheet = Image.open(tmp_path / "out.png")
-    assert sheet.size == (28 + 9 * 110, 26 + 8 * 126)
+    assert sheet.size == (8 + 9 * 108, 26 + 8 * 124)
     torch.manual_seed(0)
     args = flags("--checkpoint", "none", "--label", "coarse")
     data = linear_eval.load(args, torch.device("cpu"))[0]
@@ -530,9 +530,9 @@ def test_picture(tmp_path):
     rows = torch.randperm(96, generator=common.generator(0, 0, "picture"))[:8]
     near = (q[rows] @ x.T).topk(8).indices
     same = data.train.columns["coarse"][near] == data.test.columns["coarse"][rows][:, None]
-    green = [[sheet.getpixel((28 + (j + 1) * 110 - 2, 26 + i * 126 + 40)) == (40, 160, 60)
+    green = [[sheet.getpixel((8 + (j + 1) * 108 + 2, 26 + i * 124 + 40)) == (40, 160, 60)
               for j in range(8)] for i in range(8)]
     assert green == same.tolist() and 0 < same.sum() < 64
     # the nearest image of the first query itself, three times enlarged
-    shown = torch.from_numpy(np.asarray(sheet.crop((138, 26, 234, 122))).copy()).permute(2, 0, 1)
+    shown = torch.from_numpy(np.asarray(sheet.crop((120, 30, 216, 126))).copy()).permute(2, 0, 1)
     assert torch.equal(shown[:, ::3, ::3], data.train.images[near[0, 0]])

@@ -78,7 +78,7 @@ def main():
     run(True)
     parts = {k: statistics.median(v) for k, v in times.items()}
     free = run(False)
-    print(f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} "
+    print(f"{common.environment(device)["device"]}, torch {torch.__version__}, {torch.get_num_threads()} "
           f"thread(s), {args.arch} ({args.stem} stem), batch {args.batch_size} x 2 views, "
           f"amp {args.amp}")
     for part, ms in parts.items():
