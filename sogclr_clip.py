@@ -22,10 +22,9 @@ negatives. The labels E1 to E27 are those of this project: the papers' own could
     FastCLIP v3: eps + u, one learnable tau; v1 = sogclr, v2 = isogclr with --gamma-schedule cosine
 
 Sees:   images and captions.
-State:  per image and per caption, float32: log u and b (8 bytes; the pairs sogclr, sogclr-dro,
-        isogclr*), tau and v (8 more: sogclr-dro, isogclr, isogclr-v2), a feature (4 D: hybrid).
-        2.9 M pairs: 46 MB or 93 MB. 400 M pairs: 6.4 GB or 12.8 GB on every rank; hybrid at
-        D = 512: 1.6 TB.
+State:  per image and per caption, float32: log u, and b where eps e^b is the floor; tau and v
+        (sogclr-dro, isogclr, isogclr-v2); a feature (hybrid). 2.9 M pairs: 46 MB, with tau and v
+        93 MB; 400 M pairs: 6.4 or 12.8 GB on every rank; hybrid at D = 512: 1.6 TB.
 Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of this rank, D width.
         A loss sees one direction: its S is (b, B), this rank's anchors against the whole batch.
 
@@ -510,10 +509,9 @@ class Objective(nn.Module):
 
     def __init__(self, args, pairs, D):
         super().__init__()
-        self.args, loss, flags, start = args, args.loss, LOSSES[args.loss], {}
+        self.args, loss, flags = args, args.loss, LOSSES[args.loss]
         self.about = dict(images=pairs.N_I, captions=pairs.N_T, crc=pairs.crc)
-        if "gamma" in flags and loss != "onlineclr":
-            start["log_u"] = -math.inf
+        start = dict(log_u=-math.inf) if "gamma" in flags and loss != "onlineclr" else {}
         if "eps" in flags and loss != "fastclip":
             start["b"] = 0
         if "eta" in flags:
@@ -561,6 +559,9 @@ class Objective(nn.Module):
                                    alone=True) from None
         S_I, S_T = x @ Y.T, t @ X.T  # (b, B) each: this rank's rows and columns of S
         self.pending, self.scalars = [], {}
+        for name, parameter in self.named_parameters():
+            if name.startswith("tau"):  # kept in its bounds before every use
+                parameter.data.clamp_(*args.tau_bounds)
         if loss == "vicreg":
             return vicreg(X, Y), {}
         if loss == "siglip":
@@ -674,7 +675,8 @@ class Objective(nn.Module):
         base = 0.0
         for (name, f, ids, S), (other, _, others, _) in ((I, T), (T, I)):
             table, bank = getattr(self, name), getattr(self, other)
-            u, row = table[ids].values()
+            old = table[ids]
+            u, row = old["log_u"], old["bank"]
             rows = self.bank_rows(bank, common.gather(others), step)
             S = torch.cat([S, f @ bank.bank[rows].T], 1)  # (b, B + K)
             mask = torch.cat([negative, negative.new_ones(len(S), len(rows))], 1)
@@ -704,13 +706,6 @@ class Objective(nn.Module):
         # differs from the released code: there a first visit later on gives u = gamma g
         return torch.full_like(log_u, 1.0 if epoch == 0 else gamma).masked_fill_(
             log_u == -math.inf, 1.0)
-
-    @torch.no_grad()
-    def clamp(self):
-        """Keep learnable temperatures in their bounds, before every forward pass."""
-        for name, parameter in self.named_parameters():
-            if name in ("tau", "tau_I", "tau_T"):
-                parameter.clamp_(*self.args.tau_bounds)
 
     def update(self):
         """Write the state of the last forward pass, equally on all ranks."""
@@ -783,7 +778,7 @@ def retrieval(X, Y, image_group, text_group, block=2 ** 25):
     """
     if not (X.isfinite().all() and Y.isfinite().all()):
         raise common.RunFailed("features to retrieve are not finite")
-    result, chance = {}, {}
+    both = []
     for name, query, bank, a, b in (("TR", X, Y, image_group, text_group),
                                     ("IR", Y, X, text_group, image_group)):
         ranks, counts = [], []
@@ -793,12 +788,8 @@ def retrieval(X, Y, image_group, text_group, block=2 ** 25):
                 raise common.BadInput("an image of the test set has no caption")
             ranks.append(first_hit(query[rows] @ bank.T, relevant))
             counts.append(relevant.sum(1))
-        found = recall(torch.cat(ranks), torch.cat(counts), len(bank), name)
-        result.update(found[0])
-        chance.update(found[1])
-    for found in (result, chance):
-        found["mean"] = (found["TR mean"] + found["IR mean"]) / 2
-    return result, chance
+        both.append(recall(torch.cat(ranks), torch.cat(counts), len(bank), name))
+    return [dict(tr, **ir, mean=(tr["TR mean"] + ir["IR mean"]) / 2) for tr, ir in zip(*both)]
 
 
 def class_weights(prompts):
@@ -976,7 +967,6 @@ def train(args):
         step, epoch = batch.step, batch.step // data.steps_per_epoch  # epoch from 0
         images = common.augment(batch)[0]  # (b, 3, S, S)
         own = batch.first + torch.arange(len(images), device=device)  # (b,)
-        objective.clamp()
         with common.autocast(args, device):
             x, t = network(images, pairs.tokens[batch.rows])  # (b, D) each
         p, q = pairs.p[batch.rows], batch.rows
@@ -1092,13 +1082,12 @@ def learning_rate(step, steps_per_epoch, args):
 
 def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
-    flags = LOSSES[args.loss]
-    for name in sorted({name for flags in LOSSES.values() for name in flags}):
-        if name not in flags:
-            common.unused(args, [name], f"by --loss {args.loss}; it uses: "
-                          f"{', '.join(flags) or 'none of them'}")
-        value = getattr(args, name, None) if name in flags else None  # eps has no flag
-        setattr(args, name, flags.get(name) if value is None else value)
+    uses, names = LOSSES[args.loss], {name for flags in LOSSES.values() for name in flags}
+    common.unused(args, sorted(names - uses.keys()), f"by --loss {args.loss}; it uses: "
+                  f"{', '.join(uses) or 'none of them'}")
+    for name in names:
+        value = getattr(args, name, None) if name in uses else None  # eps has no flag
+        setattr(args, name, uses.get(name) if value is None else value)
     if args.optimizer == "lars":
         raise common.BadInput("--optimizer lars: use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
