@@ -22,10 +22,9 @@ negatives. The labels E1 to E27 are those of this project: the papers' own could
     FastCLIP v3: eps + u, one learnable tau; v1 = sogclr, v2 = isogclr with --gamma-schedule cosine
 
 Sees:   images and captions.
-State:  per image and per caption, float32: log u and b (8 bytes; the pairs sogclr, sogclr-dro,
-        isogclr*), tau and v (8 more: sogclr-dro, isogclr, isogclr-v2), a feature (4 D: hybrid).
-        2.9 M pairs: 46 MB or 93 MB. 400 M pairs: 6.4 GB or 12.8 GB on every rank; hybrid at
-        D = 512: 1.6 TB.
+State:  per image and per caption, float32: log u, and b where eps e^b is the floor; tau and v
+        (sogclr-dro, isogclr, isogclr-v2); a feature (hybrid). 2.9 M pairs: 46 MB, with tau and v
+        93 MB; 400 M pairs: 6.4 or 12.8 GB on every rank; hybrid at D = 512: 1.6 TB.
 Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of this rank, D width.
         A loss sees one direction: its S is (b, B), this rank's anchors against the whole batch.
 
@@ -48,7 +47,6 @@ import os
 import re
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +106,6 @@ LOSSES = {
     "fastclip": dict(gamma=0.2, gamma_schedule="cosine", tau=0.07, eps=1e-14, rho=6.5,  # [R]
                      tau_bounds=(0.001, 0.5), tau_lr=None),  # [K] bounds
 }
-NAMES = {"sogclr_dro": "sogclr-dro", "isogclr_new": "isogclr", "isogclr_new_v1": "isogclr-v1",
-         "isogclr_new_v2": "isogclr-v2", "sogclr_mine": "sogclr-mine"}  # of the original
 TEXT = dict(context_length=20, vocab_size=49408, width=32, heads=1, layers=1)
 TINY = {  # towers for a CPU, built by open_clip's own classes
     "tiny-resnet": dict(embed_dim=128, text_cfg=TEXT, vision_cfg=dict(
@@ -143,11 +139,6 @@ def negatives(own, B, same=None):
         if not negative.any(1).all():
             raise ValueError("a pair of the batch has no negative: all others repeat it")
     return negative
-
-
-def with_own(negative, own):
-    """Mask (b, B) of the negatives and the own pair."""
-    return negative.scatter(1, own[:, None], True)
 
 
 def diagonal(S, own):
@@ -194,7 +185,7 @@ def clip(S, own, negative, tau, reduction="mean"):
     """Cross-entropy of the own pair in its row (E1); CLIP is the mean of both directions.
     Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none"."""
     # differs from the released code: there tau of row i divides column i ("personalized")
-    logits = (S / tau).masked_fill(~with_own(negative, own), -math.inf)
+    logits = (S / tau).masked_fill(~negative.scatter(1, own[:, None], True), -math.inf)
     return F.cross_entropy(logits, own, reduction=reduction)
 
 
@@ -233,7 +224,7 @@ def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
     L, log_u, _, mean_z = estimate(D, z, log_u, gamma, negative, log_(eps) + b,
-                                   terms=with_own(negative, own))
+                                   terms=negative.scatter(1, own[:, None], True))
     return L, log_u, b, log_u + rho - mean_z  # E12
 
 
@@ -316,9 +307,8 @@ def difficulty(S_I, S_T, own, negative, d, tau):
 
 def siglip(S, own, negative, s, c):
     """SigLIP: -1/B sum_ij logsigmoid(y_ij (s S_ij + c)), y = 1 for the pair, else -1."""
-    y = torch.full_like(S, -1).scatter(1, own[:, None], 1)
-    terms = F.logsigmoid(y * (s * S + c)).masked_fill(~with_own(negative, own), 0)
-    return -terms.sum() / len(S)
+    y = (-negative.to(S.dtype)).scatter(1, own[:, None], 1)  # 0 for repeats
+    return -(F.logsigmoid(y * (s * S + c)) * y.abs()).sum() / len(S)
 
 
 def fastclip(D, negative, log_u, tau, gamma, rho, eps=1e-14):
@@ -417,9 +407,8 @@ def towers(args):
             raise common.BadInput(f"--pretrained {args.pretrained}: {args.model} has no published "
                                   "weights; name a file (.pt, .pth, .bin)")
         size = args.image_size or c["vision_cfg"]["image_size"]
-        vision = open_clip.CLIPVisionCfg(**dict(c["vision_cfg"], image_size=size))
-        clip = open_clip.CLIP(c["embed_dim"], vision, open_clip.CLIPTextCfg(**c["text_cfg"]))
-        tokenizer = open_clip.SimpleTokenizer(context_length=c["text_cfg"]["context_length"])
+        clip = open_clip.CLIP(**dict(c, vision_cfg=dict(c["vision_cfg"], image_size=size)))
+        tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
     elif args.model in open_clip.list_models():
         try:
             clip = open_clip.create_model(args.model, None if file else args.pretrained,
@@ -501,19 +490,15 @@ class Table(nn.Module):
         """The state of the ids (b,). Raises: IndexError for an id that is not in [0, N)."""
         if (bad := ids[(ids < 0) | (ids >= self.N)]).numel():
             raise IndexError(f"id {bad[0].item()} is not in [0, {self.N}), the ids of the data set")
-        return SimpleNamespace(**{name: x[ids] for name, x in self.named_buffers()})
+        return {name: x[ids] for name, x in self.named_buffers()}
 
-    @torch.no_grad()
     def write(self, ids, values):
         """New values (b, ...) of this rank's ids, taken over by all ranks. Where an id is more
         than once in the global batch, its last row counts, as in the released code on a CPU."""
         ids = common.gather(ids)
         last = len(ids) - 1 - first_rows(ids.flip(0))
         for name, value in values.items():
-            getattr(self, name)[ids[last]] = common.gather(value.detach())[last]
-
-
-AVERAGES = {"onlineclr": ("log_n", "log_p"), "sogclr-mine": ("log_v",), "isogclr-v2": ("log_r",)}
+            getattr(self, name)[ids[last]] = common.gather(value)[last]
 
 
 class Objective(nn.Module):
@@ -524,16 +509,16 @@ class Objective(nn.Module):
 
     def __init__(self, args, pairs, D):
         super().__init__()
-        self.args, loss, flags, start = args, args.loss, LOSSES[args.loss], {}
+        self.args, loss, flags = args, args.loss, LOSSES[args.loss]
         self.about = dict(images=pairs.N_I, captions=pairs.N_T, crc=pairs.crc)
-        if "gamma" in flags and loss != "onlineclr":
-            start["log_u"] = -math.inf
+        start = dict(log_u=-math.inf) if "gamma" in flags and loss != "onlineclr" else {}
         if "eps" in flags and loss != "fastclip":
             start["b"] = 0
         if "eta" in flags:
             start.update(tau=args.tau, v=0)
         self.I, self.T = Table(pairs.N_I, **start), Table(pairs.N_T, **start)
-        for name in AVERAGES.get(loss, ()):
+        for name in {"onlineclr": ("log_n", "log_p"), "sogclr-mine": ("log_v",),
+                     "isogclr-v2": ("log_r",)}.get(loss, ()):  # one for the whole data set
             self.register_buffer(name, torch.tensor(-math.inf))
         for table in (self.I, self.T) if loss == "hybrid" else ():
             table.register_buffer("bank", torch.zeros(table.N, D))
@@ -574,6 +559,9 @@ class Objective(nn.Module):
                                    alone=True) from None
         S_I, S_T = x @ Y.T, t @ X.T  # (b, B) each: this rank's rows and columns of S
         self.pending, self.scalars = [], {}
+        for name, parameter in self.named_parameters():
+            if name.startswith("tau"):  # kept in its bounds before every use
+                parameter.data.clamp_(*args.tau_bounds)
         if loss == "vicreg":
             return vicreg(X, Y), {}
         if loss == "siglip":
@@ -588,14 +576,18 @@ class Objective(nn.Module):
                 L = L + cyclip(S_I, S_T, x @ X.T, t @ Y.T)
             return L, dict(tau=tau_I.mean())
         gamma = gamma_at(epoch, args.epochs, args.gamma, args.gamma_schedule)
-        self.averages(S_I, own, negative, gamma, epoch)
-        both = dict(own=own, negative=negative, step=step, epoch=epoch, gamma=gamma)
-        I = SimpleNamespace(name="I", f=x, ids=p, S=S_I, table=self.I, **both)
-        T = SimpleNamespace(name="T", f=t, ids=q, S=S_T, table=self.T, **both)
+        self.scalars = self.averages(S_I, own, negative, gamma, epoch)
+        stats = dict(gamma=x.new_full((), gamma, dtype=torch.float64))
+        rest = own, negative, gamma, step, epoch
+        if loss == "onlineclr":
+            L_I, L_T = (onlineclr(S, own, negative, **self.scalars, tau=args.tau)
+                        for S in (S_I, S_T))
+            return L_I + L_T, stats
+        I, T = ("I", x, p, S_I), ("T", t, q, S_T)
         if loss == "hybrid":
-            return self.hybrid(I, T, X, Y)
-        (L_I, stats), (L_T, more) = self.direction(I, self.T.N), self.direction(T, self.I.N)
-        stats = dict(gamma=x.new_full((), gamma, dtype=torch.float64), **stats, **more)
+            return self.hybrid(I, T, X, Y, *rest)
+        (L_I, of_I), (L_T, of_T) = self.direction(*I, *rest), self.direction(*T, *rest)
+        stats.update(of_I, **of_T)
         if loss == "sogclr-mine":  # estimates of the mutual information in nats, not bounds
             stats["mi_gcl"] = -(stats["log_u_I"] + stats["log_u_T"]) / 2
             stats["mi_dv"] = diagonal(S_I, own).mean() / args.tau - self.scalars["log_v"]
@@ -604,97 +596,98 @@ class Objective(nn.Module):
     @torch.no_grad()
     def averages(self, S, own, negative, gamma, epoch):
         """New values of what is one average for the whole data set, from all ranks' rows."""
-        tau, loss, new = self.args.tau, self.args.loss, ()
+        tau, loss = self.args.tau, self.args.loss
         if loss == "onlineclr":  # E21
-            new = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0) + math.log(2)
-        elif loss == "sogclr-mine":  # E24
+            n, p = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0)
+            return dict(log_n=log_average(self.log_n, n + math.log(2), gamma),
+                        log_p=log_average(self.log_p, p + math.log(2), gamma))
+        if loss == "sogclr-mine":  # E24
             g = common.gather(log_mean(S / tau, negative, negative.sum(1).to(S.dtype)))  # (B,)
-            new = [g.logsumexp(0) - math.log(len(g))]
-        elif loss == "isogclr-v2":  # E20
-            new = [positives(common.gather(diagonal(S, own)))]
-        for name, value in zip(AVERAGES.get(loss, ()), new):
-            old = getattr(self, name)
-            weight = gamma if loss == "onlineclr" else self.first_visit(old, epoch, gamma)
-            self.scalars[name] = log_average(old, value, weight)
+            return dict(log_v=log_average(self.log_v, g.logsumexp(0) - math.log(len(g)),
+                                          self.first_visit(self.log_v, epoch, gamma)))
+        if loss == "isogclr-v2":  # E20
+            return dict(log_r=log_average(self.log_r, positives(common.gather(diagonal(S, own))),
+                                          self.first_visit(self.log_r, epoch, gamma)))
+        return {}
 
-    def direction(self, side, N):
-        """Loss of one direction, whose anchors meet N texts (or images), and what to log."""
-        args, loss, S, own, negative = self.args, self.args.loss, side.S, side.own, side.negative
-        if loss == "onlineclr":
-            return onlineclr(S, own, negative, **self.scalars, tau=args.tau), {}
-        old, D = side.table[side.ids], difference(S, own)
-        net = getattr(self, f"net_{side.name}", None)
-        # from a network (b,), with gradient; a parameter; stored, one per id (b,); or a number
-        tau = (self.predict(net, side) if net is not None else
-               self.tau if loss == "fastclip" else getattr(old, "tau", args.tau))
-        learnt = torch.is_tensor(tau)
-        known = dict(log_u=old.log_u, tau=tau.detach() if learnt else tau,
-                     gamma=self.first_visit(old.log_u, side.epoch, side.gamma))
-        known.update({k: getattr(args, k) for k in ("eps", "rho") if k in LOSSES[loss]})
-        if hasattr(old, "b"):
-            known["b"] = old.b
-
-        L, *new = {  # L, log_u, then b and G where there are such
-            "sogclr": lambda: sogclr(D, negative, **known),
-            "sogclr-dro": lambda: sogclr_dro(D, own, negative, **known),
-            "isogclr": lambda: isogclr(D, negative, **known),
-            "isogclr-tempnet": lambda: isogclr(D, negative, **known),
-            "isogclr-v1": lambda: isogclr_v1(S, own, negative, **known),
-            "isogclr-v2": lambda: isogclr_v2(S, own, negative, **known, **self.scalars),
-            "sogclr-mine": lambda: info_sogclr(D, negative, **known, floor=1 / max(1, N - 1)),
-            "fastclip": lambda: fastclip(D, negative, **known),
-        }[loss]()
-        G = new.pop() if learnt else None  # (b,), without gradient
-        new = dict(zip(("log_u", "b"), new))
-        if loss == "sogclr-mine" and args.lambda_mi > 0:
-            other = mine(S, own, negative, self.scalars["log_v"], args.tau)
-            L = (1 - args.lambda_mi) * L + args.lambda_mi * other  # E26
-        elif loss == "fastclip":
-            L = L + G.mean() * tau
-        elif net is not None:
+    def direction(self, name, f, ids, S, own, negative, gamma, step, epoch):
+        """Loss of one direction, "I" or "T", with features f (b, D), and what to log."""
+        args, loss, table = self.args, self.args.loss, getattr(self, name)
+        old, D, G = table[ids], difference(S, own), None
+        u, b, tau = old["log_u"], old.get("b"), old.get("tau", args.tau)  # (b,), or a number
+        gamma, rho, eps = self.first_visit(u, epoch, gamma), args.rho, args.eps
+        if loss == "sogclr":
+            L, u, b = sogclr(D, negative, u, b, tau, gamma, eps)
+        elif loss == "sogclr-dro":
+            L, u, b, G = sogclr_dro(D, own, negative, u, b, tau, gamma, rho, eps)
+        elif loss == "isogclr":
+            L, u, b, G = isogclr(D, negative, u, b, tau, gamma, rho, eps)
+        elif loss == "isogclr-v2":
+            L, u, b, G = isogclr_v2(S, own, negative, u, b, self.scalars["log_r"], tau, gamma,
+                                    rho, eps=eps)
+        elif loss == "isogclr-tempnet":
+            tau = self.predict(name, f.detach(), own, step)  # (b,), with gradient
+            L, u, b, G = isogclr(D, negative, u, b, tau.detach(), gamma, rho, eps)
             L = L + (G * tau).mean()  # only this trains the network; G is not clipped
-        elif learnt:
-            eta = eta_at(side.epoch, args.epochs, args.eta, args.eta_schedule)
-            new["tau"], new["v"] = temperature_step(
-                tau, old.v, G, args.beta, eta, args.tau_bounds,
-                math.inf if loss == "isogclr-v2" else 5.0)
-        self.pending.append((side.table, side.ids, new))
-        shown = dict(new, tau=known["tau"]) if learnt else new  # tau of this step, not the new one
-        return L, {f"{k}_{side.name}": v.mean() for k, v in shown.items() if k != "b"}
+        elif loss == "isogclr-v1":
+            tau = self.predict(name, f.detach(), own, step)
+            L, u, G = isogclr_v1(S, own, negative, u, tau.detach(), gamma, rho)
+            L = L + (G * tau).mean()
+        elif loss == "fastclip":
+            tau = self.tau
+            L, u, G = fastclip(D, negative, u, tau.detach(), gamma, rho, eps)
+            L = L + G.mean() * tau
+        elif loss == "sogclr-mine":
+            N = (self.T if name == "I" else self.I).N  # texts for an image, images for a text
+            L, u = info_sogclr(D, negative, u, tau, gamma, floor=1 / max(1, N - 1))
+            if args.lambda_mi > 0:
+                other = mine(S, own, negative, self.scalars["log_v"], tau)
+                L = (1 - args.lambda_mi) * L + args.lambda_mi * other  # E26
+        new = dict(log_u=u) if b is None else dict(log_u=u, b=b)
+        if "tau" in old:
+            eta = eta_at(epoch, args.epochs, args.eta, args.eta_schedule)
+            clamp = math.inf if loss == "isogclr-v2" else 5.0
+            new["tau"], new["v"] = temperature_step(tau, old["v"], G, args.beta, eta,
+                                                    args.tau_bounds, clamp)
+        self.pending.append((table, ids, new))
+        shown = new if G is None else dict(new, tau=tau)  # tau of this step, not the new one
+        return L, {f"{k}_{name}": v.mean() for k, v in shown.items() if k != "b"}
 
-    def predict(self, net, side):
+    def predict(self, name, f, own, step):
         """tau (b,) of a network; its first prototypes are features of the first batch."""
-        f = side.f.detach()
-        if side.step == 0:
+        net = getattr(self, f"net_{name}")
+        if step == 0:
             with torch.no_grad():
                 h = net.hidden(common.gather(f))[:len(net.prototypes)]
                 net.prototypes[:len(h)] = h
         draw = torch.rand(self.args.batch_size, f.shape[1], generator=common.generator(
-            self.args.seed, side.step, f"dropout {side.name}"))
-        return net(f, (draw >= net.dropout).to(f.device)[side.own])
+            self.args.seed, step, f"dropout {name}"))
+        return net(f, (draw >= net.dropout).to(f.device)[own])
 
-    def hybrid(self, I, T, X, Y):
+    def hybrid(self, I, T, X, Y, own, negative, gamma, step, epoch):
         """HybridSogCLR as intended (E23a-c). The reading of its mathematics is this project's:
         the released code computes something else, and on most steps nothing."""
-        (B, D), own, negative = X.shape, I.own, I.negative
+        (B, D), S_I, S_T = X.shape, I[-1], T[-1]
         with torch.no_grad():  # unbiased std of all B^2 similarities
-            mean = common.total(I.S.sum()) / B ** 2
-            std = (common.total((I.S - mean).square().sum()) / (B ** 2 - 1)).sqrt()
+            mean = common.total(S_I.sum()) / B ** 2
+            std = (common.total((S_I - mean).square().sum()) / (B ** 2 - 1)).sqrt()
             tau = self.args.tau * (1 + std.tanh())
         base = 0.0
-        for side, other in ((I, T), (T, I)):
-            old = side.table[side.ids]
-            rows = self.bank_rows(other.table, common.gather(other.ids), side.step)
-            S = torch.cat([side.S, side.f @ other.table.bank[rows].T], 1)  # (b, B + K)
+        for (name, f, ids, S), (other, _, others, _) in ((I, T), (T, I)):
+            table, bank = getattr(self, name), getattr(self, other)
+            old = table[ids]
+            u, row = old["log_u"], old["bank"]
+            rows = self.bank_rows(bank, common.gather(others), step)
+            S = torch.cat([S, f @ bank.bank[rows].T], 1)  # (b, B + K)
             mask = torch.cat([negative, negative.new_ones(len(S), len(rows))], 1)
-            L, log_u = info_sogclr(difference(S, own), mask, old.log_u, tau,
-                                   self.first_visit(old.log_u, side.epoch, side.gamma))  # E23a
+            L, log_u = info_sogclr(difference(S, own), mask, u, tau,
+                                   self.first_visit(u, epoch, gamma))  # E23a
             base = base + L
-            bank = bank_row(old.bank, side.f.detach(), old.log_u > -math.inf, 0.5)
-            self.pending.append((side.table, side.ids, dict(log_u=log_u, bank=bank)))
+            row = bank_row(row, f.detach(), u > -math.inf, 0.5)
+            self.pending.append((table, ids, dict(log_u=log_u, bank=row)))
         cov = decorrelation(D ** 0.5 * X) + decorrelation(D ** 0.5 * Y)  # E23b
-        d = common.gather(diagonal(I.S.detach(), own))
-        diff = difficulty(I.S, T.S, own, negative, d, tau)  # E23c
+        d = common.gather(diagonal(S_I.detach(), own))
+        diff = difficulty(S_I, S_T, own, negative, d, tau)  # E23c
         # 0.1 tau: base is in units of similarity, diff in nats
         return base + 0.1 * cov + 0.1 * tau * diff, dict(tau=tau, base=base, cov=cov, diff=diff)
 
@@ -714,14 +707,6 @@ class Objective(nn.Module):
         return torch.full_like(log_u, 1.0 if epoch == 0 else gamma).masked_fill_(
             log_u == -math.inf, 1.0)
 
-    @torch.no_grad()
-    def clamp(self):
-        """Keep learnable temperatures in their bounds, before every forward pass."""
-        for name, parameter in self.named_parameters():
-            if name in ("tau", "tau_I", "tau_T"):
-                parameter.clamp_(*self.args.tau_bounds)
-
-    @torch.no_grad()
     def update(self):
         """Write the state of the last forward pass, equally on all ranks."""
         for table, ids, values in self.pending:
@@ -731,7 +716,7 @@ class Objective(nn.Module):
 
     def average_gradients(self):
         """Mean over the ranks, as DDP does for the towers."""
-        for parameter in self.parameters() if common.world() > 1 else ():
+        for parameter in self.parameters():
             common.total(parameter.grad).div_(common.world())
 
 
@@ -742,15 +727,14 @@ def bank_row(row, f, seen, m):
 
 def grouped_optimizer(args, model, objective):
     """AdamW (or SGD); no weight decay for vectors, biases and temperatures."""
-    towers = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    vectors = {n for n, p in towers if n.endswith(".bias") or p.ndim < 2}
-    own = [(n.startswith("net_"), p) for n, p in objective.named_parameters()]
+    towers = [p for p in model.parameters() if p.requires_grad]
+    nets = [p for n, p in objective.named_parameters() if n.startswith("net_")]
+    taus = [p for n, p in objective.named_parameters() if not n.startswith("net_")]
     scale = 1.0 if args.tau_lr is None else args.tau_lr / args.lr
-    groups = [
-        dict(params=[p for n, p in towers if n not in vectors], scale=1.0),
-        dict(params=[p for n, p in towers if n in vectors], scale=1.0, weight_decay=0.0),
-        dict(params=[p for net, p in own if net], scale=scale, weight_decay=1e-3),  # [F]
-        dict(params=[p for net, p in own if not net], scale=scale, weight_decay=0.0)]
+    groups = [dict(params=[p for p in towers if p.ndim > 1], scale=1.0),
+              dict(params=[p for p in towers if p.ndim < 2], scale=1.0, weight_decay=0.0),
+              dict(params=nets, scale=scale, weight_decay=1e-3),  # [F]
+              dict(params=taus, scale=scale, weight_decay=0.0)]
     groups = [g for g in groups if g["params"]]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov,
@@ -794,7 +778,7 @@ def retrieval(X, Y, image_group, text_group, block=2 ** 25):
     """
     if not (X.isfinite().all() and Y.isfinite().all()):
         raise common.RunFailed("features to retrieve are not finite")
-    result, chance = {}, {}
+    both = []
     for name, query, bank, a, b in (("TR", X, Y, image_group, text_group),
                                     ("IR", Y, X, text_group, image_group)):
         ranks, counts = [], []
@@ -804,12 +788,8 @@ def retrieval(X, Y, image_group, text_group, block=2 ** 25):
                 raise common.BadInput("an image of the test set has no caption")
             ranks.append(first_hit(query[rows] @ bank.T, relevant))
             counts.append(relevant.sum(1))
-        found = recall(torch.cat(ranks), torch.cat(counts), len(bank), name)
-        result.update(found[0])
-        chance.update(found[1])
-    for found in (result, chance):
-        found["mean"] = (found["TR mean"] + found["IR mean"]) / 2
-    return result, chance
+        both.append(recall(torch.cat(ranks), torch.cat(counts), len(bank), name))
+    return [dict(tr, **ir, mean=(tr["TR mean"] + ir["IR mean"]) / 2) for tr, ir in zip(*both)]
 
 
 def class_weights(prompts):
@@ -863,23 +843,25 @@ def scores(model, tokenizer, data, pairs, prepare=clean):
     table, args, found, result, chance = data.test, data.args, None, {}, {}
     square = "image_id" in table.columns
     images = table.select(pairs.images) if pairs else table
-    X = common.features(model, data, images, square, pick=lambda out: out[0], unit=True)
-    zeros = [(~X.any(1)).sum().item(), 0]
+    take = dict(squash=square, pick=lambda out: out[0], unit=True)
+    X = common.features(model, data, images, **take)
+    Y = X[:0]
     if pairs:
+        group = pairs.p if square else pairs.text
         texts = torch.arange(pairs.N_T) if square else first_rows(pairs.text)
-        groups = (torch.arange(len(X), device=data.device), pairs.p) if square else (
-            pairs.text[pairs.images], pairs.text[texts])
         Y = encode(model, pairs.tokens[texts])
-        zeros[1] = (~Y.any(1)).sum().item()
-        result, chance = retrieval(X, Y, *groups)
-        found = (X, Y, *groups, texts)
+        found = X, Y, group[pairs.images], group[texts], texts
+        result, chance = retrieval(*found[:4])
+    zeros = [(~Z.any(1)).sum().item() for Z in (X, Y)]
+    if any(zeros) and not hasattr(data, "warned"):
+        data.warned = True  # once a run
+        common.say(f"warning: {zeros[0]} features of images, {zeros[1]} of captions are zero")
     classes, y = table.classes.get(args.label), images.columns.get(args.label)
     if classes and y is not None and (known := (y >= 0).to(data.device)).any():
         if args.zs_original:
-            own = copy.copy(data)
-            own.args = copy.copy(args)
-            own.args.mean, own.args.std = common.MEAN_STD.get(args.dataset, common.IMAGENET)
-            X = common.features(model, own, images, square, pick=lambda out: out[0], unit=True)
+            own, (mean, std) = copy.copy(data), common.MEAN_STD.get(args.dataset, common.IMAGENET)
+            own.args = argparse.Namespace(**dict(vars(args), mean=mean, std=std))
+            X = common.features(model, own, images, **take)
         names, templates = prompts_of(args, classes)
         tokens = tokenizer([prepare(t.format(c)) for c in names for t in templates])
         Z = encode(model, tokens.to(data.device)).unflatten(0, (len(names), -1))
@@ -887,9 +869,6 @@ def scores(model, tokenizer, data, pairs, prepare=clean):
         right = common.accuracy(X[known] @ class_weights(Z).T, y.to(data.device)[known], ks)
         result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right)})
         chance.update({f"zero-shot top-{k}": 100 * k / len(names) for k in ks})
-    if any(zeros) and not getattr(data, "warned", False):
-        data.warned = True  # once a run
-        common.say(f"warning: {zeros[0]} features of images, {zeros[1]} of captions are zero")
     return result, chance, found
 
 
@@ -988,7 +967,6 @@ def train(args):
         step, epoch = batch.step, batch.step // data.steps_per_epoch  # epoch from 0
         images = common.augment(batch)[0]  # (b, 3, S, S)
         own = batch.first + torch.arange(len(images), device=device)  # (b,)
-        objective.clamp()
         with common.autocast(args, device):
             x, t = network(images, pairs.tokens[batch.rows])  # (b, D) each
         p, q = pairs.p[batch.rows], batch.rows
@@ -1009,16 +987,7 @@ def train(args):
 
         if common.end_step(step, state, args, data, measure):
             break
-    finish(log, args, objective, model, tokenizer, data, test, first_step)
 
-
-def repeats(p, text):
-    """Mask (b, B) of pairs with the image, or the caption, of the anchor's own pair."""
-    return (p[:, None] == common.gather(p)) | (text[:, None] == common.gather(text))
-
-
-def finish(log, args, objective, model, tokenizer, data, test, first_step):
-    """Pictures and summary."""
     lines = []
     if not common.stopping():
         result, chance, found = scores(model, tokenizer, data, test)
@@ -1029,13 +998,18 @@ def finish(log, args, objective, model, tokenizer, data, test, first_step):
             lines = [f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   "
                      f"(chance {chance[name]:.2f} %)" for name, value in result.items()
                      if name.endswith(("@1", "top-1", "mean"))]
-    lines += [f"  queries      {args.out}/retrieval.png",
-              f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"]
     common.summary(
         log, args, f"{args.loss} on {args.dataset}, {args.model}, batch {args.batch_size}",
-        first_step, more=lines, panels=[
-            ("mean", "mean (%)"), ("zero-shot top-1", "zero-shot top-1 (%)"), ("tau", "tau"),
-            ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")])
+        first_step, more=[
+            *lines, f"  queries      {args.out}/retrieval.png",
+            f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"],
+        panels=[("mean", "mean (%)"), ("zero-shot top-1", "zero-shot top-1 (%)"), ("tau", "tau"),
+                ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")])
+
+
+def repeats(p, text):
+    """Mask (b, B) of pairs with the image, or the caption, of the anchor's own pair."""
+    return (p[:, None] == common.gather(p)) | (text[:, None] == common.gather(text))
 
 
 def evaluate(args):
@@ -1071,20 +1045,19 @@ def evaluate(args):
         in_memory(data, data.test)  # the images as the training's own evaluations saw them
     pairs = Pairs(data.test, tokenizer, device, prepare) if data.test.captions else None
     result, chance, found = scores(Towers(clip).to(device), tokenizer, data, pairs, prepare)
-    if common.rank() == 0:
-        folder = Path(args.out) if "out" in given else folder
-        path = folder / f"evaluate-{args.dataset}.json"
-        text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,
-                               chance=chance, args=common.plain(args)), indent=1)
-        common.replace(path, lambda file: file.write(text.encode()))
-        pictures = [path.with_suffix(".png")] if found else []
-        for picture in pictures:
-            retrieval_picture(picture, data, pairs, found)
-        lines = [f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
-                 for name, value in result.items()]
-        common.say("\n".join([f"{args.evaluate} on {args.dataset}", *lines,
-                              f"  results            {path}",
-                              *(f"  picture            {picture}" for picture in pictures)]))
+    if common.rank() > 0:
+        return
+    path = (Path(args.out) if "out" in given else folder) / f"evaluate-{args.dataset}.json"
+    text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,
+                           chance=chance, args=common.plain(args)), indent=1)
+    common.replace(path, lambda file: file.write(text.encode()))
+    lines = [f"{args.evaluate} on {args.dataset}",
+             *(f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
+               for name, value in result.items()), f"  results            {path}"]
+    if found:
+        retrieval_picture(path.with_suffix(".png"), data, pairs, found)
+        lines.append(f"  picture            {path.with_suffix('.png')}")
+    common.say("\n".join(lines))
 
 
 def authors_rate(step, steps_per_epoch, epochs, lr, warmup, floor=1e-5, start=1e-5):
@@ -1109,13 +1082,12 @@ def learning_rate(step, steps_per_epoch, args):
 
 def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
-    flags = LOSSES[args.loss]
-    for name in sorted({name for flags in LOSSES.values() for name in flags}):
-        if name not in flags:
-            common.unused(args, [name], f"by --loss {args.loss}; it uses: "
-                          f"{', '.join(flags) or 'none of them'}")
-        value = getattr(args, name, None) if name in flags else None  # eps has no flag
-        setattr(args, name, flags.get(name) if value is None else value)
+    uses, names = LOSSES[args.loss], {name for flags in LOSSES.values() for name in flags}
+    common.unused(args, sorted(names - uses.keys()), f"by --loss {args.loss}; it uses: "
+                  f"{', '.join(uses) or 'none of them'}")
+    for name in names:
+        value = getattr(args, name, None) if name in uses else None  # eps has no flag
+        setattr(args, name, uses.get(name) if value is None else value)
     if args.optimizer == "lars":
         raise common.BadInput("--optimizer lars: use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
@@ -1134,7 +1106,8 @@ def main(argv=None):
     """Flags and start; `main([...])` runs in this process."""
     parser = common.Parser("sogclr_clip", __doc__, RECIPES)
     add = parser.add_argument_group("SogCLR on CLIP").add_argument
-    add("--loss", default="sogclr", type=lambda name: NAMES.get(name, name), choices=list(LOSSES))
+    add("--loss", default="sogclr", choices=list(LOSSES),  # or as in the original: isogclr_new_v1
+        type=lambda name: name.replace("_new", "").replace("_", "-"))
     add("--model", default="tiny-resnet", help=f"{', '.join(TINY)}, or any name of open_clip: "
         "RN50, ViT-B-32, ...")
     add("--pretrained", help="tag of open_clip (downloads), or a file of weights")

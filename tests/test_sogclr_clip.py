@@ -73,7 +73,6 @@ def steps(name):
         p, q = P[step][own], Q[step][own]
         x, t = network(normal(B, 5, seed=10 + step)[own], normal(B, 4, seed=20 + step)[own])
         same = sogclr_clip.repeats(p, q % 7) if args.mask_repeats else None
-        objective.clamp()
         loss, stats = objective(x, t, p, q, torch.arange(B)[own], step, step // 2, same)
         network.zero_grad(set_to_none=True)
         objective.zero_grad(set_to_none=True)
