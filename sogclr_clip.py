@@ -901,9 +901,9 @@ def retrieval_picture(path, data, pairs, found, rows=5):
             if image_group[i] == text_group[text]:
                 axis.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, lw=5, color="green",
                                              transform=axis.transAxes))
-    synthetic = " (synthetic)" if data.args.dataset == "shapes" else ""
     figure.suptitle("images, each below a caption of its own, and their best captions; then "
-                    f"captions and their best images; green: right{synthetic}", fontsize=10)
+                    f"captions and their best images; green: right; {common.source(data.args)}",
+                    fontsize=10)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.01, top=0.95)
     common.replace(Path(path), lambda file: figure.savefig(file, dpi=80, format="png"))
     plt.close(figure)
@@ -923,7 +923,7 @@ def tau_picture(path, objective, model, data, pairs):
     edges = 0.99 * min(x.min() for x in tau), 1.01 * max(x.max() for x in tau)
     figure, axis = plt.subplots(figsize=(6, 3.5))
     axis.hist(tau, 40, edges, label=["images", "texts"])
-    axis.set(xlabel="tau", ylabel="samples", title=f"{data.args.loss}, {data.args.dataset}")
+    axis.set(xlabel="tau", ylabel="samples", title=f"{data.args.loss}, {common.source(data.args)}")
     axis.locator_params(axis="x", nbins=6)
     axis.legend()
     figure.tight_layout()

@@ -102,7 +102,8 @@ def main():
     if args.one:
         print(*softmax(args.one[0], args.rows, args.one[1], device))
         return
-    print(f"{common.environment(device)["device"]}, torch {torch.__version__}, 1 CPU thread, amp {args.amp}")
+    print(f"{common.environment(device)['device']}, torch {torch.__version__}, 1 CPU thread, "
+          f"amp {args.amp}")
     print(f"softmax over the bank, {args.rows} rows, D = 128, one view")
     print(f"{'n':>9} {'bank MB':>8} {'way':>6} {'peak above it MB':>17} {'seconds':>8}")
     for n in args.bank:

@@ -78,9 +78,9 @@ def main():
     run(True)
     parts = {k: statistics.median(v) for k, v in times.items()}
     free = run(False)
-    print(f"{common.environment(device)["device"]}, torch {torch.__version__}, {torch.get_num_threads()} "
-          f"thread(s), {args.arch} ({args.stem} stem), batch {args.batch_size} x 2 views, "
-          f"amp {args.amp}")
+    print(f"{common.environment(device)['device']}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} thread(s), {args.arch} ({args.stem} stem), "
+          f"batch {args.batch_size} x 2 views, amp {args.amp}")
     for part, ms in parts.items():
         print(f"{part:14s} {ms:9.2f} ms  {100 * ms / sum(parts.values()):5.1f} %")
     share = (parts["data"] + parts["augmentation"]) / sum(parts.values())
