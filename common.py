@@ -879,6 +879,37 @@ COLOURS = {"red": (0.86, 0.22, 0.22), "orange": (0.95, 0.56, 0.16), "yellow": (0
 SIZES = {"small": 0.65, "large": 0.86}  # radius; the frame is 2 wide
 
 
+def _factors(n, outlines, g):
+    """Columns, name -> (n,) int64, and class names of n objects; each factor, and label, balanced
+    and in random order."""
+    def balanced(k):  # ids below k, each equally often (or once more)
+        return torch.randperm(k, generator=g)[torch.randperm(n, generator=g) % k]
+
+    P = len(PATTERNS)
+    label = balanced(len(outlines) * P)
+    columns = {"label": label, "coarse": label // P, "pattern": label % P,
+               "colour": balanced(len(COLOURS)), "size": balanced(len(SIZES)),
+               "background": balanced(P), "object": torch.arange(n)}
+    classes = {"label": [f"{p} {s}" for s in outlines for p in PATTERNS], "coarse": [*outlines],
+               "pattern": [*PATTERNS], "colour": [*COLOURS], "size": [*SIZES],
+               "background": [*PATTERNS], "object": [f"object {i}" for i in range(n)]}
+    return columns, classes
+
+
+def _draw(functions, ids, x, y):
+    """(B, size, size): in image i, the function of its id at the coordinates x, y."""
+    out = torch.empty_like(x)
+    for k, f in enumerate(functions.values()):
+        i = (ids == k).nonzero().squeeze(1)
+        out[i] = f(x[i], y[i])
+    return out
+
+
+def _soft(distance):
+    """0 outside .. 1 inside, over about a pixel."""
+    return (0.5 + distance).clamp(0, 1)
+
+
 def shapes(n, seed=0, size=32, unseen=False, renders=1):
     """Render n images of one patterned shape each.
 
@@ -896,31 +927,11 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
     g = torch.Generator().manual_seed(seed)
     real = torch.float64  # float32: a few pixels differ between kinds of processor
     outlines = UNSEEN if unseen else SEEN
-    N, P = -(-n // renders), len(PATTERNS)  # objects, patterns
-
-    def balanced(k):  # (N,) ids below k in random order, each equally often (or once more)
-        return torch.randperm(k, generator=g)[torch.randperm(N, generator=g) % k]
+    N = -(-n // renders)  # objects
+    columns, classes = _factors(N, outlines, g)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(shape, generator=g, dtype=real)
-
-    def soft(distance):  # 0 outside .. 1 inside, over about a pixel
-        return (0.5 + distance).clamp(0, 1)
-
-    def draw(functions, ids, x, y):  # (B, size, size): in image i, the function of its id
-        out = torch.empty_like(x)
-        for k, f in enumerate(functions.values()):
-            i = (ids == k).nonzero().squeeze(1)
-            out[i] = f(x[i], y[i])
-        return out
-
-    label = balanced(len(outlines) * P)
-    columns = {"label": label, "coarse": label // P, "pattern": label % P,
-               "colour": balanced(len(COLOURS)), "size": balanced(len(SIZES)),
-               "background": balanced(P), "object": torch.arange(N)}
-    classes = {"label": [f"{p} {s}" for s in outlines for p in PATTERNS], "coarse": [*outlines],
-               "pattern": [*PATTERNS], "colour": [*COLOURS], "size": [*SIZES],
-               "background": [*PATTERNS], "object": [f"object {i}" for i in range(N)]}
 
     # What the renders of an object share besides: paint on a pale ground, and its patterns.
     palette = torch.tensor([*COLOURS.values()], dtype=real)
@@ -949,13 +960,13 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
         free = 0.8 * (1.05 - radius)  # how far the centre may leave the middle
         x, y, angle = X - free * vary(-1, 1), Y - free * vary(-1, 1), vary(-0.35, 0.35)
         x, y = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x
-        inside = soft(draw(outlines, c["coarse"], x / radius, y / radius) * radius * size / 2)
+        inside = _soft(_draw(outlines, c["coarse"], x / radius, y / radius) * radius * size / 2)
 
         p, q = period[o].unbind(1)
         a, b, d, e = phase[o].unbind(1)
-        tone = soft(draw(PATTERNS, c["pattern"], x / p + a, y / p + b) * size / 16)
+        tone = _soft(_draw(PATTERNS, c["pattern"], x / p + a, y / p + b) * size / 16)
         u, v = X / q + d + vary(0, 1), (Y + vary(-0.35, 0.35) * X) / q + e
-        relief = soft(draw(PATTERNS, c["background"], u, v) * size / 16)
+        relief = _soft(_draw(PATTERNS, c["background"], u, v) * size / 16)
 
         # Second tones are darker first ones; that of the ground only just, so that the object is
         # what a network learns first.

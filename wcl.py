@@ -347,11 +347,11 @@ def train(args):
     label = true_labels(data, args)
     strong = common.augmentation(args)
     weak = common.augmentation(args, crop=tuple(args.weak_crop), jitter=tuple(args.weak_jitter))
-    weak_epochs = args.warmup if args.weak_epochs is None else args.weak_epochs
     small = common.augmentation(args, crop=(0.05, 0.14), size=args.image_size * 3 // 7)  # SwAV's 96
 
     def spec(step):
-        return weak if step < weak_epochs * data.steps_per_epoch else strong
+        epochs = args.warmup if args.weak_epochs is None else args.weak_epochs
+        return weak if step < epochs * data.steps_per_epoch else strong
 
     def measure():
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
@@ -400,13 +400,12 @@ def train(args):
 
         if common.end_step(step, state, args, data, measure):
             break
-    name = "WCL" if args.beta > 0 else "SimCLR (WCL with beta 0)"
     more = words(log)
     if args.picture and not common.stopping():
         more += picture(model, data, strong, args)
-    common.summary(log, args, f"{name}, {args.dataset}", first_step, more, panels=[
-        (("purity", "random"), "purity of weak labels (%)"),
-        ("components", "components in a batch")])
+    title = "WCL" if args.beta > 0 else "SimCLR (WCL with beta 0)"
+    common.summary(log, args, f"{title}, {args.dataset}", first_step, more, panels=[
+        (("purity", "random"), "purity of weak labels (%)"), ("components", "components")])
 
 
 def learning_rate(step, steps_per_epoch, args):
