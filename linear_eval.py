@@ -461,13 +461,12 @@ def picture(path, args, data, h, names, queries=8, near=8):
     rows, near = rows[:queries], min(near, len(data.train))
     bank, query = F.normalize(h[0], dim=1), F.normalize(h[1][rows.to(h[1].device)], dim=1)
     found = common.top_k(query, bank, near)[1].cpu()  # (queries, near)
-    lines = []
-    for row, close in zip(rows, found):
-        y, labels = data.test.columns[args.label][row], data.train.columns[args.label][close]
-        test = data.pixels(data.test, row[None], args.image_size)
-        train = data.pixels(data.train, close, args.image_size)
-        lines.append(("", [(test[0], None, names[y]), *(
-            (image, bool(label == y), names[label]) for image, label in zip(train, labels))]))
+    query, close = data.test.columns[args.label][rows], data.train.columns[args.label][found]
+    test = data.pixels(data.test, rows, args.image_size)  # (queries, 3, S, S)
+    train = data.pixels(data.train, found.flatten(), args.image_size).unflatten(0, found.shape)
+    lines = [("", [(image, None, names[y]), *(
+        (x, bool(label == y), names[label]) for x, label in zip(images, labels))])
+             for image, y, images, labels in zip(test, query, train, close)]
     common.image_rows(path, "a test image, then its nearest training images, most similar first; "
                       f"green: the same {args.label}, red: another; {common.source(args)}", lines)
 

@@ -483,9 +483,12 @@ def picture(model, data, spec, args, rows=8, columns=14):
     names = data.train.classes.get(args.label)
     order = torch.bincount(y).argsort(descending=True, stable=True)  # (components,)
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
+    groups = [batch[y == c] for c in chosen.tolist()]  # rows of the data set
+    shown = [members[:columns] for members in groups]
+    pixels = data.pixels(data.train, torch.cat(shown), args.image_size).split(
+        [len(members) for members in shown])
     lines = []
-    for c in chosen.tolist():
-        members = batch[y == c]
+    for members, x in zip(groups, pixels):
         text, right = f"{len(members)} images", [None] * len(members)
         if label is not None:
             best = int(torch.bincount(label[members]).argmax())
@@ -493,7 +496,6 @@ def picture(model, data, spec, args, rows=8, columns=14):
             text += f"\n{sum(right)} of class\n{names[best] if names else best}"
             if sum(right) == 1 < len(members):
                 text, right = f"{len(members)} images\nno two of one class", [None] * len(members)
-        x = data.pixels(data.train, members[:columns], args.image_size)
         lines.append((text, [(image, good, "") for image, good in zip(x, right)]))
     title = (f"weak labels of one batch of {len(y)} images: {len(chosen)} of its {len(order)} "
              f"components, from large to small; green: the commonest class; {common.source(args)}")
