@@ -80,6 +80,9 @@ def run(train, parser, argv=None):
     try:
         train(parser.parse_args(argv))
         if dist.is_initialized():
+            # in torch 2.4 this holds Python's lock while it waits for gloo's threads, which need it
+            # to let go of the last tensors: the sleep gives it to them, else both wait for ever
+            time.sleep(0.1)
             dist.destroy_process_group()
     except (BadInput, RunFailed) as error:
         while _bars:  # else the message would stand on the progress bar's line

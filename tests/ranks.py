@@ -64,6 +64,7 @@ def worker(rank, N, folder, module):
     torch.save({name: case(folder) for name, case in cases.items()}, f"{folder}/{N}-{rank}.pt")
     if N > 1:
         dist.barrier()
+        time.sleep(0.1)  # see common.run
         dist.destroy_process_group()
 
 
