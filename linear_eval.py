@@ -51,11 +51,13 @@ import common
 # Sources: the authors' evaluation scripts, except `fast`. They keep the incomplete last batch of an
 # epoch, here it is dropped as in training: 312 steps an epoch on ImageNet at batch 4096, not 313.
 # `milestones`: the rate drops AFTER that many epochs.
-LINEAR = dict(mode="linear", momentum=0.9, weight_decay=0.0,
+LINEAR = dict(mode="linear", momentum=0.9, weight_decay=0.0, schedule="steps",
               crop=[0.08, 1.0], jitter_p=0.0, gray=0.0, blur=0.0)  # crop and flip
+COSINE = dict(  # lr = 0.2 B / 256; at batch 4096 the rate is 1.6 (1 + cos(pi t / T))
+    LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine", init_std=0.01)
 SEMI = dict(  # SwAV's eval_semisup.py; what WCL used is not known
-    LINEAR, mode="finetune", epochs=20, batch_size=256, schedule="steps", milestones=[12, 16],
-    gamma=0.2, protocol="SwAV-style")
+    LINEAR, mode="finetune", epochs=20, batch_size=256, milestones=[12, 16], gamma=0.2,
+    protocol="SwAV-style")
 RECIPES = {
     "fast": dict(  # chosen for this project
         mode="fast", epochs=30, batch_size=256, momentum=0.9,
@@ -64,21 +66,16 @@ RECIPES = {
         mode="linear", epochs=100, batch_size=128, lr=0.3, momentum=0.95, nesterov=True,
         weight_decay=1e-4, schedule="cosine-epoch",  # the last epoch has exactly lr * 1e-3
         crop=[0.4, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray=0.2, blur=0.0),
-    "clinfonce-dual": dict(  # linear_eval.py of the dual-head repository: 0.2 * 4096 / 256 = 3.2
-        LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine",
-        init_std=0.01),
+    "clinfonce-dual": COSINE,  # linear_eval.py of the dual-head repository
     "cifar": dict(  # RINCE, CIFAR-100; the scale of its crop is that of its training
-        LINEAR, crop=[0.2, 1.0], epochs=100, batch_size=512, lr=5.0, schedule="steps",
-        milestones=[60, 75, 90], gamma=0.2),
+        LINEAR, crop=[0.2, 1.0], epochs=100, batch_size=512, lr=5.0, milestones=[60, 75, 90],
+        gamma=0.2),
     "moco": dict(  # main_lincls.py of MoCo v2 and CLD
-        LINEAR, epochs=100, batch_size=256, lr=30.0, schedule="steps", milestones=[60, 80],
-        gamma=0.1, init_std=0.01),
+        LINEAR, epochs=100, batch_size=256, lr=30.0, milestones=[60, 80], gamma=0.1, init_std=0.01),
     "infomin": dict(  # main_linear_infomin.py of CLD; RandAugment: see common.randaugment
         LINEAR, crop=[0.2, 1.0], randaugment=[2, 10], epochs=61, batch_size=256, lr=30.0,
-        schedule="steps", milestones=[30, 40, 50], gamma=0.2),
-    "wcl": dict(  # 0.2 * B / 256, at batch 4096: 1.6 (1 + cos(pi t / T))
-        LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine",
-        init_std=0.01),
+        milestones=[30, 40, 50], gamma=0.2),
+    "wcl": COSINE,
     "semi-1": dict(SEMI, fraction=0.01, lr=5.0, lr_backbone=0.02),
     "semi-10": dict(SEMI, fraction=0.1, lr=0.2, lr_backbone=0.01),
 }
