@@ -32,7 +32,6 @@ Shapes: N training images, D width of the backbone, C classes, G points of the g
 import argparse
 import collections
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -103,13 +102,6 @@ def unwrap(checkpoint):
             if isinstance(v, torch.Tensor)}
 
 
-@functools.cache
-def shapes_of(arch, stem):
-    """Name -> shape of the weights of a backbone."""
-    with torch.device("meta"):  # without memory
-        return {k: v.shape for k, v in common.resnet(arch, stem).state_dict().items()}
-
-
 def load_backbone(path, checkpoint, arch=None, stem=None):
     """Backbone with the weights of a checkpoint, under whatever prefix they stand.
 
@@ -118,21 +110,25 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
     name -> number), missing (BatchNorm's counters of steps, which nothing reads).
     Errors: BadInput with the file and names if weights are missing, left over or of other shapes.
     """
-    weights, best = unwrap(checkpoint), None
-    prefixes = dict.fromkeys(k[:-12] for k in weights if k.endswith("conv1.weight"))
+    if checkpoint.get("method") == "sogclr_clip":
+        raise common.BadInput(f"{path} is of sogclr_clip.py, which evaluates it itself: "
+                              f"python sogclr_clip.py --evaluate {path}")
+    weights, candidates = unwrap(checkpoint), []
+    prefixes = dict.fromkeys(k[:-12] for k in weights  # up to the first convolution
+                             if k.endswith("conv1.weight") and "layer" not in k)
     for a in [arch] if arch else common.ARCHS:
         for s in [stem] if stem else ("imagenet", "cifar"):
-            shapes = shapes_of(a, s)
-            for p in (p for p in prefixes if "layer" not in p):
+            with torch.device("meta"):  # without memory
+                shapes = {k: v.shape for k, v in common.resnet(a, s).state_dict().items()}
+            for p in prefixes:
                 fits = [k for k in shapes if p + k in weights and weights[p + k].shape == shapes[k]]
                 copy = any(w in p for w in ("_k.", "ema", "momentum", "target", "teacher"))
                 score = (len(fits), -len(shapes), not copy)  # of two equal, not the slow encoder
-                if best is None or score > best[0]:
-                    best = score, p, a, s, shapes, fits
-    if best is None or not best[-1]:
+                candidates.append((score, p, a, s, shapes, fits))
+    if not any(fits for *_, fits in candidates):
         raise common.BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
                               f"{', '.join(list(weights)[:3]) or 'no tensor'}")
-    _, prefix, arch, stem, shapes, fits = best
+    _, prefix, arch, stem, shapes, fits = max(candidates, key=lambda c: c[0])
     absent = [k for k in shapes if k not in fits and not k.endswith("num_batches_tracked")]
     for what, keys in (("of another shape", [k for k in absent if prefix + k in weights]),
                        ("missing", absent),
@@ -150,22 +146,6 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
     return backbone, dict(arch=arch, stem=stem, prefix=prefix, loaded=len(fits),
                           left_out=dict(sorted(left_out.items())),
                           missing=[k for k in shapes if k not in fits])
-
-
-def open_backbone(args, checkpoint):
-    """The backbone that --checkpoint names; what is known about it, as a dict and as a line."""
-    if args.checkpoint == "none":
-        return (common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem),
-                f"untrained {args.arch}, {args.stem} stem, seed {args.seed}")
-    if checkpoint.get("method") == "sogclr_clip":
-        raise common.BadInput(f"{args.checkpoint} is of sogclr_clip.py, which evaluates it itself: "
-                              f"python sogclr_clip.py --evaluate {args.checkpoint}")
-    backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
-    left_out = ", ".join(f"{k} ({n})" for k, n in about["left_out"].items())
-    return backbone, about, (
-        f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, {about['stem']} stem, "
-        f"loaded from '{about['prefix']}*'; left out: {left_out or 'nothing'}; missing: "
-        f"{', '.join(about['missing'][:3]) or 'nothing'}")
 
 
 # ---------------------------------------------------------------------------------- rows
@@ -431,7 +411,16 @@ def start(args, checkpoint):
     device = common.setup(args)
     with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    backbone, record["backbone"], words = open_backbone(args, checkpoint)
+    if args.checkpoint == "none":
+        backbone, about = common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
+        words = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"
+    else:
+        backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
+        left_out = ", ".join(f"{k} ({n})" for k, n in about["left_out"].items()) or "nothing"
+        words = (f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, "
+                 f"{about['stem']} stem, loaded from '{about['prefix']}*'; left out: {left_out}; "
+                 f"missing: {', '.join(about['missing'][:3]) or 'nothing'}")
+    record["backbone"] = about
     backbone = backbone.to(device, memory_format=common.layout(args)).eval()
     return record, path, device, backbone, words
 
@@ -473,7 +462,10 @@ def picture(path, args, data, h, names, queries=8, near=8):
 
 def evaluate(args, checkpoint):
     """Evaluate on this rank; see the docstring of the file."""
-    check(args)
+    if args.fraction is not None and not 0 < args.fraction <= 1:
+        raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
+    if args.optimizer != "sgd":
+        raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
     record, path, device, backbone, words = start(args, checkpoint)
     data, names, notes = load(args, device)
     for column in args.retrieval_labels:
@@ -505,16 +497,6 @@ def evaluate(args, checkpoint):
         print(f"  {'picture':26} {image}")
 
 
-def check(args):
-    """BadInput for flags that cannot work."""
-    if args.fraction is not None and not 0 < args.fraction <= 1:
-        raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
-    if args.dataset not in common.SOURCES:
-        raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
-    if args.optimizer != "sgd":
-        raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
-
-
 class Parser(common.Parser):
     """The shared flags; a checkpoint of this project gives their defaults."""
 
@@ -526,10 +508,11 @@ class Parser(common.Parser):
         add = self.add_argument_group("checkpoint and results").add_argument
         add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
         add("--out", help=f"JSON file (default: {method}-RECIPE-LABEL.json beside the checkpoint)")
+        self.set_defaults(**dict.fromkeys(  # None where the command line is silent
+            ["recipe", "dataset", "arch", "stem", "lr", "lr_256", "fraction", "subset"]))
 
     def parse_args(self, argv=None):
         """Flag over recipe over checkpoint; self.checkpoint is what `read` gave."""
-        argv = sys.argv[1:] if argv is None else list(argv)
         given = self.parse_known_args(argv)[0]
         self.checkpoint = read(given.checkpoint)
         if given.recipe is None:
@@ -551,6 +534,8 @@ class Parser(common.Parser):
         if given.lr is None and args.lr_256:
             args.lr = args.lr_256 * args.batch_size / 256
         args.dataset, args.out = args.dataset or "shapes", given.out
+        if args.dataset not in common.SOURCES:
+            raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
         return args
 
 
@@ -574,7 +559,7 @@ def main(argv=None):
     add("--milestones", type=int, nargs="+", default=[], help="epochs after which the rate drops")
     add("--gamma", type=float, default=0.1, help="factor of a drop")
     add("--init-std", type=float, default=0.0, help="of the new layer's weights (0: torch's init)")
-    parser.set_defaults(recipe=None, lr=None, dataset=None, arch=None, stem=None, protocol=None)
+    parser.set_defaults(protocol=None)
     common.run(lambda args: evaluate(args, parser.checkpoint), parser, argv)
 
 

@@ -322,7 +322,11 @@ def picture(path, args, scores, results):
 
 def evaluate(args, checkpoint):
     """Evaluate on this rank; see the docstring of the file."""
-    check(args)
+    if args.outliers is None:
+        if not args.dataset.startswith("shapes"):
+            raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
+        args.outliers = ["unseen"]
+    common.require(args, above=["ridge", "k"], least=["bootstrap"])
     record, path, device, backbone, words = linear_eval.start(args, checkpoint)
     data = load(args, device)
     sets = [outliers(text, args, device) for text in args.outliers]
@@ -362,17 +366,6 @@ def evaluate(args, checkpoint):
     print(f"  {'picture':14} {picture(path.with_suffix('.png'), args, scores, results)}")
 
 
-def check(args):
-    """BadInput for flags that cannot work; fills in the outliers of the built-in data."""
-    if args.dataset not in common.SOURCES:
-        raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
-    if args.outliers is None:
-        if not args.dataset.startswith("shapes"):
-            raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
-        args.outliers = ["unseen"]
-    common.require(args, above=["ridge", "k"], least=["bootstrap"])
-
-
 def main(argv=None):
     """Flags and start; `main([...])` runs in this process."""
     parser = linear_eval.Parser("ood_eval", __doc__, RECIPES)
@@ -382,8 +375,7 @@ def main(argv=None):
     add("--ridge", type=float, default=1e-6, help="on the diagonal of a covariance (G1, G2)")
     add("--k", type=int, default=50, help="k of the k-NN distance (G3)")
     add("--bootstrap", type=int, default=1000, help="samples of the intervals, 0: none")
-    parser.set_defaults(recipe="rince", lr=None, dataset=None, arch=None, stem=None, subset=None,
-                        fraction=None, lr_256=None)
+    parser.set_defaults(recipe="rince")
     common.run(lambda args: evaluate(args, parser.checkpoint), parser, argv)
 
 
