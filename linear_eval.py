@@ -129,23 +129,23 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
         raise common.BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
                               f"{', '.join(list(weights)[:3]) or 'no tensor'}")
     _, prefix, arch, stem, shapes, fits = max(candidates, key=lambda c: c[0])
-    absent = [k for k in shapes if k not in fits and not k.endswith("num_batches_tracked")]
-    for what, keys in (("of another shape", [k for k in absent if prefix + k in weights]),
-                       ("missing", absent),
-                       ("left over", [k[len(prefix):] for k in weights if k.startswith(
-                           prefix + "layer") and k[len(prefix):] not in shapes])):
+    own = {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
+    missing = [k for k in shapes if k not in fits]
+    absent = [k for k in missing if not k.endswith("num_batches_tracked")]
+    extra = [k for k in own if k.startswith("layer") and k not in shapes]
+    for what, keys in (("of another shape", [k for k in absent if k in own]),
+                       ("missing", absent), ("left over", extra)):
         if keys:
             raise common.BadInput(f"checkpoint {path} is no {arch} with {stem} stem: {len(keys)} "
                                   f"weights {what}, {', '.join(prefix + k for k in keys[:3])}")
     backbone = common.resnet(arch, stem)
-    backbone.load_state_dict({k: weights[prefix + k] for k in fits}, strict=False)
+    backbone.load_state_dict({k: own[k] for k in fits}, strict=False)
     left_out = collections.Counter()
     for key in set(weights) - {prefix + k for k in fits}:
         start = len(prefix) if key.startswith(prefix) else 7 * key.startswith("module.")
         left_out[key[:start] + key[start:].split(".")[0]] += 1
     return backbone, dict(arch=arch, stem=stem, prefix=prefix, loaded=len(fits),
-                          left_out=dict(sorted(left_out.items())),
-                          missing=[k for k in shapes if k not in fits])
+                          left_out=dict(sorted(left_out.items())), missing=missing)
 
 
 # ---------------------------------------------------------------------------------- rows
@@ -187,7 +187,7 @@ def load(args, device):
             raise common.BadInput(f"--fraction {args.fraction}: {n} of {len(train)} training "
                                   f"images leave some of the {len(ids)} classes without one")
         train = train.select(common.balanced_rows(train.columns[args.label], n, args.seed))
-    names = whole.train.classes.get(args.label) or [str(i) for i in range(int(ids.max()) + 1)]
+    names = whole.train.classes.get(args.label) or range(int(ids.max()) + 1)
     data = common.Data(train, test, small if args.mode == "fast" else args, device)
     return data, [str(names[i]) for i in ids.tolist()], notes
 
@@ -391,10 +391,12 @@ def results_file(args):
     if path.exists():
         try:
             old = json.loads(path.read_text())
-            old = old["args"] if old["script"] == f"{args.method}.py" else {}["args"]
+            if old["script"] != f"{args.method}.py":
+                raise ValueError("a file of another script")
+            changed = common.changed_flags(old["args"], args, (*common.FREE_FLAGS, "device"))
         except (OSError, ValueError, KeyError, TypeError):
             raise common.BadInput(f"{path} is no file of this script; use another --out") from None
-        if changed := common.changed_flags(old, args, (*common.FREE_FLAGS, "device")):
+        if changed:
             raise common.BadInput(f"{path} holds results with other flags ({', '.join(changed)}); "
                                   "use another --out")
     return path
