@@ -32,7 +32,6 @@ Shapes: N training images, D width of the backbone, C classes, G points of the g
 import argparse
 import collections
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -51,11 +50,13 @@ import common
 # Sources: the authors' evaluation scripts, except `fast`. They keep the incomplete last batch of an
 # epoch, here it is dropped as in training: 312 steps an epoch on ImageNet at batch 4096, not 313.
 # `milestones`: the rate drops AFTER that many epochs.
-LINEAR = dict(mode="linear", momentum=0.9, weight_decay=0.0,
+LINEAR = dict(mode="linear", momentum=0.9, weight_decay=0.0, schedule="steps",
               crop=[0.08, 1.0], jitter_p=0.0, gray=0.0, blur=0.0)  # crop and flip
+COSINE = dict(  # lr = 0.2 B / 256; at batch 4096 the rate is 1.6 (1 + cos(pi t / T))
+    LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine", init_std=0.01)
 SEMI = dict(  # SwAV's eval_semisup.py; what WCL used is not known
-    LINEAR, mode="finetune", epochs=20, batch_size=256, schedule="steps", milestones=[12, 16],
-    gamma=0.2, protocol="SwAV-style")
+    LINEAR, mode="finetune", epochs=20, batch_size=256, milestones=[12, 16], gamma=0.2,
+    protocol="SwAV-style")
 RECIPES = {
     "fast": dict(  # chosen for this project
         mode="fast", epochs=30, batch_size=256, momentum=0.9,
@@ -64,21 +65,16 @@ RECIPES = {
         mode="linear", epochs=100, batch_size=128, lr=0.3, momentum=0.95, nesterov=True,
         weight_decay=1e-4, schedule="cosine-epoch",  # the last epoch has exactly lr * 1e-3
         crop=[0.4, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray=0.2, blur=0.0),
-    "clinfonce-dual": dict(  # linear_eval.py of the dual-head repository: 0.2 * 4096 / 256 = 3.2
-        LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine",
-        init_std=0.01),
+    "clinfonce-dual": COSINE,  # linear_eval.py of the dual-head repository
     "cifar": dict(  # RINCE, CIFAR-100; the scale of its crop is that of its training
-        LINEAR, crop=[0.2, 1.0], epochs=100, batch_size=512, lr=5.0, schedule="steps",
-        milestones=[60, 75, 90], gamma=0.2),
+        LINEAR, crop=[0.2, 1.0], epochs=100, batch_size=512, lr=5.0, milestones=[60, 75, 90],
+        gamma=0.2),
     "moco": dict(  # main_lincls.py of MoCo v2 and CLD
-        LINEAR, epochs=100, batch_size=256, lr=30.0, schedule="steps", milestones=[60, 80],
-        gamma=0.1, init_std=0.01),
+        LINEAR, epochs=100, batch_size=256, lr=30.0, milestones=[60, 80], gamma=0.1, init_std=0.01),
     "infomin": dict(  # main_linear_infomin.py of CLD; RandAugment: see common.randaugment
         LINEAR, crop=[0.2, 1.0], randaugment=[2, 10], epochs=61, batch_size=256, lr=30.0,
-        schedule="steps", milestones=[30, 40, 50], gamma=0.2),
-    "wcl": dict(  # 0.2 * B / 256, at batch 4096: 1.6 (1 + cos(pi t / T))
-        LINEAR, epochs=80, batch_size=4096, lr_256=0.2, nesterov=True, schedule="cosine",
-        init_std=0.01),
+        milestones=[30, 40, 50], gamma=0.2),
+    "wcl": COSINE,
     "semi-1": dict(SEMI, fraction=0.01, lr=5.0, lr_backbone=0.02),
     "semi-10": dict(SEMI, fraction=0.1, lr=0.2, lr_backbone=0.01),
 }
@@ -106,13 +102,6 @@ def unwrap(checkpoint):
             if isinstance(v, torch.Tensor)}
 
 
-@functools.cache
-def shapes_of(arch, stem):
-    """Name -> shape of the weights of a backbone."""
-    with torch.device("meta"):  # without memory
-        return {k: v.shape for k, v in common.resnet(arch, stem).state_dict().items()}
-
-
 def load_backbone(path, checkpoint, arch=None, stem=None):
     """Backbone with the weights of a checkpoint, under whatever prefix they stand.
 
@@ -121,54 +110,42 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
     name -> number), missing (BatchNorm's counters of steps, which nothing reads).
     Errors: BadInput with the file and names if weights are missing, left over or of other shapes.
     """
-    weights, best = unwrap(checkpoint), None
-    prefixes = dict.fromkeys(k[:-12] for k in weights if k.endswith("conv1.weight"))
+    if checkpoint.get("method") == "sogclr_clip":
+        raise common.BadInput(f"{path} is of sogclr_clip.py, which evaluates it itself: "
+                              f"python sogclr_clip.py --evaluate {path}")
+    weights, candidates = unwrap(checkpoint), []
+    prefixes = dict.fromkeys(k[:-12] for k in weights  # up to the first convolution
+                             if k.endswith("conv1.weight") and "layer" not in k)
     for a in [arch] if arch else common.ARCHS:
         for s in [stem] if stem else ("imagenet", "cifar"):
-            shapes = shapes_of(a, s)
-            for p in (p for p in prefixes if "layer" not in p):
+            with torch.device("meta"):  # without memory
+                shapes = {k: v.shape for k, v in common.resnet(a, s).state_dict().items()}
+            for p in prefixes:
                 fits = [k for k in shapes if p + k in weights and weights[p + k].shape == shapes[k]]
                 copy = any(w in p for w in ("_k.", "ema", "momentum", "target", "teacher"))
                 score = (len(fits), -len(shapes), not copy)  # of two equal, not the slow encoder
-                if best is None or score > best[0]:
-                    best = score, p, a, s, shapes, fits
-    if best is None or not best[-1]:
+                candidates.append((score, p, a, s, shapes, fits))
+    if not any(fits for *_, fits in candidates):
         raise common.BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
                               f"{', '.join(list(weights)[:3]) or 'no tensor'}")
-    _, prefix, arch, stem, shapes, fits = best
-    absent = [k for k in shapes if k not in fits and not k.endswith("num_batches_tracked")]
-    for what, keys in (("of another shape", [k for k in absent if prefix + k in weights]),
-                       ("missing", absent),
-                       ("left over", [k[len(prefix):] for k in weights if k.startswith(
-                           prefix + "layer") and k[len(prefix):] not in shapes])):
+    _, prefix, arch, stem, shapes, fits = max(candidates, key=lambda c: c[0])
+    own = {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
+    missing = [k for k in shapes if k not in fits]
+    absent = [k for k in missing if not k.endswith("num_batches_tracked")]
+    extra = [k for k in own if k.startswith("layer") and k not in shapes]
+    for what, keys in (("of another shape", [k for k in absent if k in own]),
+                       ("missing", absent), ("left over", extra)):
         if keys:
             raise common.BadInput(f"checkpoint {path} is no {arch} with {stem} stem: {len(keys)} "
                                   f"weights {what}, {', '.join(prefix + k for k in keys[:3])}")
     backbone = common.resnet(arch, stem)
-    backbone.load_state_dict({k: weights[prefix + k] for k in fits}, strict=False)
+    backbone.load_state_dict({k: own[k] for k in fits}, strict=False)
     left_out = collections.Counter()
     for key in set(weights) - {prefix + k for k in fits}:
         start = len(prefix) if key.startswith(prefix) else 7 * key.startswith("module.")
         left_out[key[:start] + key[start:].split(".")[0]] += 1
     return backbone, dict(arch=arch, stem=stem, prefix=prefix, loaded=len(fits),
-                          left_out=dict(sorted(left_out.items())),
-                          missing=[k for k in shapes if k not in fits])
-
-
-def open_backbone(args, checkpoint):
-    """The backbone that --checkpoint names; what is known about it, as a dict and as a line."""
-    if args.checkpoint == "none":
-        return (common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem),
-                f"untrained {args.arch}, {args.stem} stem, seed {args.seed}")
-    if checkpoint.get("method") == "sogclr_clip":
-        raise common.BadInput(f"{args.checkpoint} is of sogclr_clip.py, which evaluates it itself: "
-                              f"python sogclr_clip.py --evaluate {args.checkpoint}")
-    backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
-    left_out = ", ".join(f"{k} ({n})" for k, n in about["left_out"].items())
-    return backbone, about, (
-        f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, {about['stem']} stem, "
-        f"loaded from '{about['prefix']}*'; left out: {left_out or 'nothing'}; missing: "
-        f"{', '.join(about['missing'][:3]) or 'nothing'}")
+                          left_out=dict(sorted(left_out.items())), missing=missing)
 
 
 # ---------------------------------------------------------------------------------- rows
@@ -210,7 +187,7 @@ def load(args, device):
             raise common.BadInput(f"--fraction {args.fraction}: {n} of {len(train)} training "
                                   f"images leave some of the {len(ids)} classes without one")
         train = train.select(common.balanced_rows(train.columns[args.label], n, args.seed))
-    names = whole.train.classes.get(args.label) or [str(i) for i in range(int(ids.max()) + 1)]
+    names = whole.train.classes.get(args.label) or range(int(ids.max()) + 1)
     data = common.Data(train, test, small if args.mode == "fast" else args, device)
     return data, [str(names[i]) for i in ids.tolist()], notes
 
@@ -414,10 +391,12 @@ def results_file(args):
     if path.exists():
         try:
             old = json.loads(path.read_text())
-            old = old["args"] if old["script"] == f"{args.method}.py" else {}["args"]
+            if old["script"] != f"{args.method}.py":
+                raise ValueError("a file of another script")
+            changed = common.changed_flags(old["args"], args, (*common.FREE_FLAGS, "device"))
         except (OSError, ValueError, KeyError, TypeError):
             raise common.BadInput(f"{path} is no file of this script; use another --out") from None
-        if changed := common.changed_flags(old, args, (*common.FREE_FLAGS, "device")):
+        if changed:
             raise common.BadInput(f"{path} holds results with other flags ({', '.join(changed)}); "
                                   "use another --out")
     return path
@@ -434,7 +413,16 @@ def start(args, checkpoint):
     device = common.setup(args)
     with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    backbone, record["backbone"], words = open_backbone(args, checkpoint)
+    if args.checkpoint == "none":
+        backbone, about = common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
+        words = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"
+    else:
+        backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
+        left_out = ", ".join(f"{k} ({n})" for k, n in about["left_out"].items()) or "nothing"
+        words = (f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, "
+                 f"{about['stem']} stem, loaded from '{about['prefix']}*'; left out: {left_out}; "
+                 f"missing: {', '.join(about['missing'][:3]) or 'nothing'}")
+    record["backbone"] = about
     backbone = backbone.to(device, memory_format=common.layout(args)).eval()
     return record, path, device, backbone, words
 
@@ -476,7 +464,10 @@ def picture(path, args, data, h, names, queries=8, near=8):
 
 def evaluate(args, checkpoint):
     """Evaluate on this rank; see the docstring of the file."""
-    check(args)
+    if args.fraction is not None and not 0 < args.fraction <= 1:
+        raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
+    if args.optimizer != "sgd":
+        raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
     record, path, device, backbone, words = start(args, checkpoint)
     data, names, notes = load(args, device)
     for column in args.retrieval_labels:
@@ -508,16 +499,6 @@ def evaluate(args, checkpoint):
         print(f"  {'picture':26} {image}")
 
 
-def check(args):
-    """BadInput for flags that cannot work."""
-    if args.fraction is not None and not 0 < args.fraction <= 1:
-        raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
-    if args.dataset not in common.SOURCES:
-        raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
-    if args.optimizer != "sgd":
-        raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
-
-
 class Parser(common.Parser):
     """The shared flags; a checkpoint of this project gives their defaults."""
 
@@ -529,10 +510,11 @@ class Parser(common.Parser):
         add = self.add_argument_group("checkpoint and results").add_argument
         add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
         add("--out", help=f"JSON file (default: {method}-RECIPE-LABEL.json beside the checkpoint)")
+        self.set_defaults(**dict.fromkeys(  # None where the command line is silent
+            ["recipe", "dataset", "arch", "stem", "lr", "lr_256", "fraction", "subset"]))
 
     def parse_args(self, argv=None):
         """Flag over recipe over checkpoint; self.checkpoint is what `read` gave."""
-        argv = sys.argv[1:] if argv is None else list(argv)
         given = self.parse_known_args(argv)[0]
         self.checkpoint = read(given.checkpoint)
         if given.recipe is None:
@@ -554,6 +536,8 @@ class Parser(common.Parser):
         if given.lr is None and args.lr_256:
             args.lr = args.lr_256 * args.batch_size / 256
         args.dataset, args.out = args.dataset or "shapes", given.out
+        if args.dataset not in common.SOURCES:
+            raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
         return args
 
 
@@ -577,7 +561,7 @@ def main(argv=None):
     add("--milestones", type=int, nargs="+", default=[], help="epochs after which the rate drops")
     add("--gamma", type=float, default=0.1, help="factor of a drop")
     add("--init-std", type=float, default=0.0, help="of the new layer's weights (0: torch's init)")
-    parser.set_defaults(recipe=None, lr=None, dataset=None, arch=None, stem=None, protocol=None)
+    parser.set_defaults(protocol=None)
     common.run(lambda args: evaluate(args, parser.checkpoint), parser, argv)
 
 

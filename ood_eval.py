@@ -56,25 +56,23 @@ METRICS = ("AUROC", "AUPR-in", "AUPR-out", "FPR95", "FPR95-out")
 # ---------------------------------------------------------------------------------- scores
 
 
-def covariance(F_c, ridge):
-    """Mean (D,) and covariance (D, D) of rows (n, D), divisor n, with ridge on the diagonal."""
-    mu = F_c.mean(0)
-    Sigma = (F_c - mu).T @ (F_c - mu) / len(F_c)
-    return mu, Sigma + ridge * torch.eye(len(mu), dtype=Sigma.dtype, device=Sigma.device)
+def cholesky(centred, ridge, what):
+    """Lower factor of Sigma (D, D), the covariance of rows (n, D) of mean 0, divisor n, + ridge I.
 
-
-def whitened(x, mu, L):
-    """Squared Mahalanobis distances (n,) of x (n, D) to mu, from the Cholesky factor of Sigma."""
-    return torch.linalg.solve_triangular(L, (x - mu).T, upper=False).square().sum(0)
-
-
-def cholesky(Sigma, what):
-    """Lower factor; RunFailed if the ridge does not make Sigma positive definite."""
+    RunFailed if the ridge does not make Sigma positive definite.
+    """
+    Sigma = centred.T @ centred / len(centred)
+    Sigma += ridge * torch.eye(len(Sigma), dtype=Sigma.dtype, device=Sigma.device)
     L, wrong = torch.linalg.cholesky_ex(Sigma)
     if wrong or not L.isfinite().all():
         raise common.RunFailed(f"the covariance of {what} is not positive definite; use a larger "
                                "--ridge")
     return L
+
+
+def whitened(x, mu, L):
+    """Squared Mahalanobis distances (n,) of x (n, D) to mu, from the Cholesky factor of Sigma."""
+    return torch.linalg.solve_triangular(L, (x - mu).T, upper=False).square().sum(0)
 
 
 def class_log_densities(train, labels, x, ridge=1e-6):
@@ -89,8 +87,9 @@ def class_log_densities(train, labels, x, ridge=1e-6):
         raise ValueError("features are not finite")
     densities = []
     for c in labels.unique().tolist():
-        mu, Sigma = covariance(train[labels == c], ridge)
-        L = cholesky(Sigma, f"class {c}")
+        F_c = train[labels == c]
+        mu = F_c.mean(0)
+        L = cholesky(F_c - mu, ridge, f"class {c}")
         log_det = 2 * L.diagonal().log().sum()
         densities.append(-0.5 * (len(mu) * math.log(2 * math.pi) + log_det + whitened(x, mu, L)))
     return torch.stack(densities, 1)
@@ -104,10 +103,7 @@ def mahalanobis(train, labels, x, ridge=1e-6):
     train, x = train.double(), x.double()
     ids, place = labels.unique(return_inverse=True)
     means = torch.stack([train[place == c].mean(0) for c in range(len(ids))])  # (C, D)
-    centred = train - means[place]
-    Sigma = centred.T @ centred / len(train)
-    L = cholesky(Sigma + ridge * torch.eye(len(Sigma), dtype=Sigma.dtype, device=Sigma.device),
-                 "all classes")
+    L = cholesky(train - means[place], ridge, "all classes")
     return -torch.stack([whitened(x, mu, L) for mu in means], 1).min(1).values
 
 
@@ -204,8 +200,7 @@ def load(args, device):
     """common.Data of the in-distribution images, its training images those with a label."""
     data = common.load(argparse.Namespace(**{**vars(args), "batch_size": 1}), device)
     y, y_test = (t.column(args.label) for t in (data.train, data.test))
-    if (known := y >= 0).logical_not().any():
-        data.train = data.train.select(known.nonzero().flatten())
+    data.train = data.train.select((y >= 0).nonzero().flatten())
     if not len(data.train):
         raise common.BadInput(f"--label {args.label}: no training image has a label")
     if len(new := y_test[(y_test >= 0) & ~torch.isin(y_test, y)].unique()):
@@ -222,24 +217,20 @@ def outliers(text, args, device):
     name, _, place = text.rpartition("=")
     others = [s for s in ("shapes", "cifar10", "cifar100", "stl10")
               if s != args.dataset.partition("-")[0]]  # shapes-views tests on images of shapes
-    if not name and text == "unseen":
-        images, columns, classes, _ = common.shapes(1024, seed=2, unseen=True)
-        table = common.Table(columns, classes, images)
-    elif not name and text in others:
-        other = argparse.Namespace(**{**vars(args), "dataset": text})
-        table = common.SOURCES[text](other)[1]
+    path = Path(args.data_dir) / place
+    if name and path.is_dir():
+        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in common.IMAGE_ENDINGS)
+        if not files:
+            raise common.BadInput(f"--outliers {text}: no image below {path}")
+        table = common.Table({}, {}, paths=files)
+    elif name and path.suffix == ".npz":
+        table = common.npz_table(path)
     elif name:
-        path = Path(args.data_dir) / place
-        if path.is_dir():
-            files = sorted(str(p) for p in path.rglob("*")
-                           if p.suffix.lower() in common.IMAGE_ENDINGS)
-            if not files:
-                raise common.BadInput(f"--outliers {text}: no image below {path}")
-            table = common.Table({}, {}, paths=files)
-        elif path.suffix == ".npz":
-            table = common.npz_table(path)
-        else:
-            raise common.BadInput(f"--outliers {text}: {path} is neither a folder nor an npz pack")
+        raise common.BadInput(f"--outliers {text}: {path} is neither a folder nor an npz pack")
+    elif text == "unseen":
+        table = common.Table({}, {}, common.shapes(1024, seed=2, unseen=True)[0])
+    elif text in others:
+        table = common.SOURCES[text](argparse.Namespace(**{**vars(args), "dataset": text}))[1]
     else:
         raise common.BadInput(f"--outliers {text}: write unseen, another data set "
                               f"({', '.join(others)}), NAME=FILE.npz or NAME=FOLDER below "
@@ -249,21 +240,16 @@ def outliers(text, args, device):
     return name or text, table
 
 
-def classifier(checkpoint):
-    """Weight (C, D) and bias (C,) of the head of a checkpoint of --loss ce, else None."""
-    if checkpoint.get("format") != 1 or checkpoint["args"].get("loss") != "ce":
-        return None
-    return [checkpoint["state"]["model"][f"head.{name}"] for name in ("weight", "bias")]
-
-
-def score_images(args, h_train, y, h, head):
+def score_images(args, checkpoint, h_train, y, h):
     """Every score of features h (n, D), fitted to h_train (N, D) and y (N,): name -> (n,)."""
     train, x = (F.normalize(z.double(), dim=1) for z in (h_train, h))
     found = dict(gaussian=class_log_densities(train, y, x, args.ridge).max(1).values,
                  mahalanobis=mahalanobis(train, y, x, args.ridge),
                  knn=knn_distance(train, x, args.k))
-    if head is not None:
-        found["softmax"] = max_softmax(h, *(p.to(h.device) for p in head))
+    if checkpoint.get("format") == 1 and checkpoint["args"].get("loss") == "ce":
+        model = checkpoint["state"]["model"]
+        found["softmax"] = max_softmax(h, *(model[f"head.{p}"].to(h.device)
+                                            for p in ("weight", "bias")))
     return {name: s.cpu() for name, s in found.items()}
 
 
@@ -276,8 +262,9 @@ def lines_of(results, spread):
         f"{m:>11}" for m in METRICS[1:])]
     for name, of_set in results.items():
         for score, of_score in of_set.items():
-            low, high = spread[name][score]["AUROC"] if spread else (math.nan, math.nan)
-            text = f"{of_score['AUROC']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if spread else "")
+            text = f"{of_score['AUROC']:.2f}"
+            if spread:
+                text += " [{:.2f}, {:.2f}]".format(*spread[name][score]["AUROC"])
             lines.append(f"  {name:14} {score:12} {text:22}" + "".join(
                 f"{of_score[m]:11.2f}" for m in METRICS[1:]))
     return lines
@@ -295,9 +282,9 @@ def picture(path, args, scores, results):
         pair = scores[name]["gaussian"]
         q = torch.tensor([0.005, 0.995], dtype=torch.float64)  # singular classes have long tails
         low, high = zip(*(s.quantile(q).tolist() for s in pair), strict=True)
+        ends = min(low), max(high)
         for s, label in zip(pair, ("in-distribution", name), strict=True):
-            top.hist(s.clamp(min(low), max(high)).numpy(), bins=50, range=(min(low), max(high)),
-                     density=True, alpha=0.55, label=label)
+            top.hist(s.clamp(*ends).numpy(), 50, ends, density=True, alpha=0.55, label=label)
         top.set(title=f"{name}: AUROC {results[name]['gaussian']['AUROC']:.1f} %", yticks=[],
                 xlabel="class-conditional Gaussian, log-density")
         top.locator_params(axis="x", nbins=5)
@@ -322,7 +309,11 @@ def picture(path, args, scores, results):
 
 def evaluate(args, checkpoint):
     """Evaluate on this rank; see the docstring of the file."""
-    check(args)
+    if args.outliers is None:
+        if not args.dataset.startswith("shapes"):
+            raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
+        args.outliers = ["unseen"]
+    common.require(args, above=["ridge", "k"], least=["bootstrap"])
     record, path, device, backbone, words = linear_eval.start(args, checkpoint)
     data = load(args, device)
     sets = [outliers(text, args, device) for text in args.outliers]
@@ -339,7 +330,7 @@ def evaluate(args, checkpoint):
     if few := int((y.unique(return_counts=True)[1] <= h_train.shape[1]).sum()):
         print(f"{few} classes have no more training images than features ({h_train.shape[1]}): "
               f"their covariance is singular but for the ridge {args.ridge:g}")
-    found = score_images(args, h_train, y, torch.cat(h), classifier(checkpoint))
+    found = score_images(args, checkpoint, h_train, y, torch.cat(h))
     parts = {name: s.split([len(z) for z in h]) for name, s in found.items()}
     results, spread, scores = {}, {}, {}
     for i, (name, _) in enumerate(sets, 1):
@@ -362,17 +353,6 @@ def evaluate(args, checkpoint):
     print(f"  {'picture':14} {picture(path.with_suffix('.png'), args, scores, results)}")
 
 
-def check(args):
-    """BadInput for flags that cannot work; fills in the outliers of the built-in data."""
-    if args.dataset not in common.SOURCES:
-        raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
-    if args.outliers is None:
-        if not args.dataset.startswith("shapes"):
-            raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
-        args.outliers = ["unseen"]
-    common.require(args, above=["ridge", "k"], least=["bootstrap"])
-
-
 def main(argv=None):
     """Flags and start; `main([...])` runs in this process."""
     parser = linear_eval.Parser("ood_eval", __doc__, RECIPES)
@@ -382,8 +362,7 @@ def main(argv=None):
     add("--ridge", type=float, default=1e-6, help="on the diagonal of a covariance (G1, G2)")
     add("--k", type=int, default=50, help="k of the k-NN distance (G3)")
     add("--bootstrap", type=int, default=1000, help="samples of the intervals, 0: none")
-    parser.set_defaults(recipe="rince", lr=None, dataset=None, arch=None, stem=None, subset=None,
-                        fraction=None, lr_256=None)
+    parser.set_defaults(recipe="rince")
     common.run(lambda args: evaluate(args, parser.checkpoint), parser, argv)
 
 
