@@ -1474,8 +1474,8 @@ def warmup_cosine(step, steps, lr, warmup=0, start=0.0, floor=0.0):
     """Rate of step (from 0): linear from `start` to lr in `warmup` steps, cosine to `floor`."""
     if step < warmup:
         return start + (lr - start) * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * progress))
+    part = (step - warmup) / max(1, steps - warmup)
+    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * part))
 
 
 def cosine_by_epoch(epoch, epochs, lr, floor=0.0):
@@ -1524,6 +1524,14 @@ def scaler(args, device):
 # ---------------------------------------------------------------------------------- 6 checkpoint
 
 
+def progress(steps=None, **options):
+    """tqdm on rank 0; few lines where the output is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(steps, disable=rank() > 0, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 20, **options)
+
+
 class Log:
     """JSON lines (rank 0): the command and versions, then one line an interval.
 
@@ -1569,10 +1577,7 @@ class Log:
     def __call__(self, step, **values):
         """Take the values of a step; every --log-every steps and epoch, write their means."""
         if self.bar is None:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.total, initial=step, disable=rank() > 0, unit="step",
-                            mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+            self.bar = progress(total=self.total, initial=step, unit="step")
             _bars.append(self.bar)
             self.since = step
         for name, value in values.items():

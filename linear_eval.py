@@ -35,7 +35,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -244,7 +243,7 @@ def fit(x, y, rows, batch, classes, grid, args):
     lr, decay = torch.tensor(grid, device=y.device).T[:, :, None]  # (G, 1) each
     W = torch.zeros(x.shape[1] + 1, len(grid), classes, device=y.device)
     velocity, step, steps = torch.zeros_like(W), 0, args.epochs * -(-len(rows) // args.batch_size)
-    for epoch in progress(range(args.epochs), args.epochs, f"fast probe, grid of {len(grid)}"):
+    for epoch in common.progress(range(args.epochs), desc=f"fast probe, grid of {len(grid)}"):
         order = torch.randperm(len(rows), generator=common.generator(args.seed, epoch, "probe"))
         for part in rows[order].split(args.batch_size):
             xb = batch(x, part, y.device)  # (b, D + 1)
@@ -339,7 +338,7 @@ def probe(args, data, backbone, classes, device):
     fixed = common.features(backbone, data, data.test).to(device) if frozen else None
     epochs, losses = [], []
     batches = data.batches(0, steps, common.augmentation(args), views=1)
-    for batch in (bar := progress(batches, steps, args.recipe)):
+    for batch in (bar := common.progress(batches, total=steps, desc=args.recipe)):
         x = common.augment(batch).flatten(0, 1)  # (b, 3, S, S)
         with common.autocast(args, device):
             z = network(x)
@@ -368,14 +367,6 @@ def top(logits, y):
 
 
 # ---------------------------------------------------------------------------------- results
-
-
-def progress(steps, total, what):
-    """tqdm on rank 0."""
-    from tqdm import tqdm
-
-    return tqdm(steps, total=total, desc=what, disable=common.rank() > 0, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
 def results_file(args):
