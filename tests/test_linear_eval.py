@@ -408,7 +408,8 @@ def test_equal_runs_and_files_of_others(tmp_path, capsys):
     before = (tmp_path / "out.json").read_bytes()
     assert "other flags (--seed 0 -> 1)" in fails(capsys, *out, "--seed", "1")
     assert (tmp_path / "out.json").read_bytes() == before
-    for foreign in ('{"a": 1}', "[1]", "no json", '{"script": "x.py", "args": {}}'):
+    for foreign in ('{"a": 1}', "[1]", "no json", '{"script": "x.py", "args": {}}',
+                    '{"script": "linear_eval.py", "args": [1]}'):
         (tmp_path / "out.json").write_text(foreign)
         assert "out.json is no file of this script" in fails(capsys, *out)
         assert (tmp_path / "out.json").read_text() == foreign
