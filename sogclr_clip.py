@@ -987,7 +987,6 @@ def train(args):
 
         if common.end_step(step, state, args, data, measure):
             break
-
     lines = []
     if not common.stopping():
         result, chance, found = scores(model, tokenizer, data, test)

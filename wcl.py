@@ -400,9 +400,7 @@ def train(args):
 
         if common.end_step(step, state, args, data, measure):
             break
-    more = words(log)
-    if args.picture and not common.stopping():
-        more += picture(model, data, strong, args)
+    more = words(log) + picture(model, data, strong, args)
     title = "WCL" if args.beta > 0 else "SimCLR (WCL with beta 0)"
     common.summary(log, args, f"{title}, {args.dataset}", first_step, more, panels=[
         (("purity", "random"), "purity of weak labels (%)"), ("components", "components")])
@@ -473,8 +471,10 @@ def picture(model, data, spec, args, rows=8, columns=14):
     """Save components.png: each row the images of one weak label of the first batch, from the
     largest component to the smallest; a frame is green where the image has the commonest class.
 
-    Returns: the line for the summary.
+    Only with --picture. Returns: lines for the summary.
     """
+    if not args.picture or common.stopping():
+        return []
     batch, y = next(graphs(model, data, spec, 1))
     path = f"{args.out}/components.png"
     if common.rank() > 0:
