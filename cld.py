@@ -21,14 +21,17 @@ written: the labels E1 to E11 are this project's, the details are those of the a
     InfoMin: L_I also takes a jigsaw query with weight beta. Key network: theta_k <- alpha theta_k +
     (1 - alpha) theta_q. BYOL + CLD was announced, never released: here it is a sketch of ours.
 
-Sees:   images only.
-State:  NPID: V (512 bytes an image) and Z; MoCo, InfoMin: key network and queue; BYOL: key network.
-Shapes: n images, B global batch, b rows of this rank, D width of f, k groups, m sampled rows.
+Labels used:  none.
+State kept:   NPID: V (512 bytes an image) and Z; MoCo, InfoMin: key network and queue; BYOL: key
+              network.
+Shapes:       n images, B global batch, b rows of this process, D width of f, k groups, m sampled
+              rows.
 
     torchrun --standalone --nproc_per_node=2 cld.py                    # demo on 2 CPU cores
     python cld.py --recipe c100-small --download                       # CIFAR-100 on a CPU
     python cld.py --recipe cifar10 --download                          # NPID + CLD, one GPU
     python cld.py --recipe cifar10 --lambda-cld 0 --download           # NPID alone
+    python cld.py --recipe cifar10 --micro-batch 64                    # one small GPU
     torchrun --nproc_per_node=4 cld.py --recipe cifar10-moco           # MoCo + CLD, four GPUs
     torchrun --nproc_per_node=8 cld.py --recipe imagenet --data-dir DIR            # MoCo v2 + CLD
     torchrun --nproc_per_node=8 cld.py --recipe imagenet-infomin --data-dir DIR    # InfoMin + CLD
@@ -69,7 +72,7 @@ IMAGENET = dict(  # [S] train_imagenet_mocov2_cld.sh; the rate is not scaled
     dataset="folder", arch="resnet50", image_size=224, base="mocov2", head="normmlp", epochs=200,
     batch_size=512, lr=0.2, momentum=0.9, weight_decay=1e-4, schedule="cosine-epoch",
     tau=0.2, knn_t=0.2, queue=65536, key_momentum=0.999,
-    # 8 ranks of 64 images: k > 64 made each image a group of its own there; --group-scope rank
+    # 8 processes of 64 images each: k > 64 made each image a group of its own; --group-rows 64
     k=120, iters=5, tau_cld=0.4, lambda_cld=0.25,
     crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray=0.2, blur=0.5,
     amp="auto", channels_last=True, knn_every=50, save_every=5)
@@ -100,91 +103,83 @@ RECIPES = {
 # ---------------------------------------------------------------------------------- loss
 
 
-def npid(f, V, index, tau, block=2 ** 26):
-    """Instance loss of NPID, full softmax over the bank (E2).
+# Each function takes unit-norm features and upcasts float16 and bfloat16 to float32. The rows of
+# L_I do not meet: every process takes its own, and DDP's mean does the rest. L_CLD groups the rows
+# of the whole batch.
 
-    Args: f (b, D) unit-norm, with gradient; V (n, D) bank, without; index (b,) int64, the image of
-    each row; tau: T; block: logits at a time. A larger bank is taken by blocks whose logits are
-    computed again in the backward pass: ImageNet's would be 1.3 GB for 256 rows, several times.
-    Returns: (b,) loss of each row.
+
+def upcast(x):
+    """x in float32 at least; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def npid(f, V, index, tau, block=2 ** 26):
+    """Instance loss of NPID, full softmax over the bank (E2), the mean over the rows.
+
+    Args: f (b, D) with gradient; V (n, D) bank, without; index (b,) int64, the image of each row;
+    tau: T; block: logits at a time. A larger bank is taken by blocks whose logits are computed
+    again in the backward pass: ImageNet's would be 1.3 GB for 256 rows, several times.
     """
-    rows = max(1, block // len(f))
+    f, rows = upcast(f), max(1, block // len(f))
     if len(V) <= rows:
-        return F.cross_entropy(f @ V.T / tau, index, reduction="none")
+        return F.cross_entropy(f @ V.T / tau, index)
 
     def log_sum_exp(f, part):
         return (f @ part.T / tau).logsumexp(1)
 
     parts = [checkpoint(log_sum_exp, f, part, use_reentrant=False) for part in V.split(rows)]
-    return torch.stack(parts).logsumexp(0) - (f * V[index]).sum(1) / tau
+    return (torch.stack(parts).logsumexp(0) - (f * V[index]).sum(1) / tau).mean()
 
 
 def exp_similarity(f, V, idx, tau):
     """exp(f . v_j / T), numerator of E3: f (b, D), V (n, D), idx (b, 1 + m) rows -> (b, 1 + m)."""
-    return ((V[idx] @ f[:, :, None]).squeeze(2) / tau).exp()
+    return ((V[idx] @ upcast(f)[:, :, None]).squeeze(2) / tau).exp()
 
 
 def npid_nce(P, n, eps=1e-7):
-    """Instance loss of NPID with noise-contrastive estimation (E3).
+    """Instance loss of NPID with noise-contrastive estimation (E3), the mean over the rows.
 
     Args: P (b, 1 + m) = exp(f . v_j / T) / Z, column 0 the image itself; n images.
-    Returns: (b,) loss of each row.
     """
     m = P.shape[1] - 1
     noise = m / n  # m P_n
     own = (P[:, 0] / (P[:, 0] + noise + eps)).log()
-    return -own - (noise / (P[:, 1:] + noise + eps)).log().sum(1)
-
-
-def moco_logits(q, k, Q, tau):
-    """[q . k, q Q^T] / T of E5: q, k (b, D), Q (K, D), k and Q without gradient -> (b, 1 + K)."""
-    return torch.cat([(q * k).sum(1, keepdim=True), q @ Q.T], 1) / tau
+    return -(own + (noise / (P[:, 1:] + noise + eps)).log().sum(1)).mean()
 
 
 def moco(q, k, Q, tau):
-    """Instance loss of MoCo (E1, E5): the key of the same image against the queue; scalar."""
-    logits = moco_logits(q, k, Q, tau)
+    """Instance loss of MoCo (E1, E5): the key of the same image against the queue, the mean over
+    the rows. Args: q, k (b, D), Q (K, D); k and Q without gradient; tau: T."""
+    q, k, Q = upcast(q), upcast(k), upcast(Q)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ Q.T], 1) / tau  # (b, 1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
-def infomin(q, q_jig, k, Q, tau, beta):
-    """Instance loss of InfoMin: queries q (2, b, D) and a jigsaw query (b, D), one key; scalar."""
-    both = (moco(q[0], k, Q, tau) + moco(q[1], k, Q, tau)) / 2
-    return (1 - beta) * both + beta * moco(q_jig, k, Q, tau)
-
-
 def byol(p, z):
-    """BYOL: each view's prediction against the other view's target; p, z (2, b, D) unit-norm."""
-    return (2 - 2 * (p * z.flip(0)).sum(2)).mean()
+    """BYOL: each view's prediction against the other view's target, the mean over rows and views;
+    p, z (2, b, D)."""
+    return (2 - 2 * (upcast(p) * upcast(z).flip(0)).sum(2)).mean()
 
 
-def cld(f, k, iters=5, tau=0.2, keys=None, first=0, k_eigen=0):
+def cld(f, k, iters=5, tau=0.2, k_eigen=0, group_rows=0):
     """Cross-level loss (E7): each view's rows against the groups of the other view.
 
     Args:
-        f: (2, b, D) group features f_G of this rank's rows, unit-norm, with gradient.
+        f: (2, B, D) unit-norm group features f_G of both views, with gradient.
         k, iters, k_eigen: see `group`.
         tau: T_G > 0.
-        keys: (2, B, D) group features of all that are grouped, with gradient; f itself if None.
-        first: row of f[:, 0] in them.
-
-    Returns: (2, b) loss of each row, L_CLD is its mean; (2, b) bool, whether the nearest centroid
-        of the other view is that of the row's group there (view 1: the authors' group accuracy).
-    Raises: ValueError for a wrong shape or argument.
+        group_rows: groups are made in parts of so many rows, 0: of the whole batch.
+    Returns: L_CLD, scalar; scalar without gradient, the share of the rows of view 1 whose nearest
+        centroid of view 2 is that of their group there (the authors' group accuracy).
     """
-    keys = f if keys is None else keys
-    if f.ndim != 3 or len(f) != 2 or len(keys) != 2:
-        raise ValueError(f"features must be [2, rows, D], got {tuple(f.shape)}")
-    if not tau > 0:
-        raise ValueError(f"tau must be above 0, got {tau}")
-    own = slice(first, first + f.shape[1])
-    groups = [group(x, k, iters, k_eigen) for x in keys]
     losses, hits = [], []
-    for x, (ids, M) in zip(f, reversed(groups)):  # groups of the other view
-        logits = x @ M.T / tau  # (b, k); an empty group has logit 0 and is never a target
-        losses.append(F.cross_entropy(logits, ids[own], reduction="none"))
-        hits.append(logits.argmax(1) == ids[own])
-    return torch.stack(losses), torch.stack(hits)
+    for part in upcast(f).split(group_rows or f.shape[1], 1):  # (2, rows, D)
+        groups = [group(x, k, iters, k_eigen) for x in part]
+        for x, (ids, M) in zip(part, reversed(groups)):  # groups of the other view
+            logits = x @ M.T / tau  # (rows, k); an empty group has logit 0 and is never a target
+            losses.append(F.cross_entropy(logits, ids))  # E7
+            hits.append((logits.argmax(1) == ids).double().mean())
+    return torch.stack(losses).mean(), torch.stack(hits[::2]).mean()
 
 
 # ---------------------------------------------------------------------------------- grouping
@@ -207,11 +202,8 @@ def kmeans(x, k, iters):
     """Ids (N,) of k-means in a batch x (N, D): no restart, no test of convergence (E6).
 
     It starts from the first k rows, which are random since the batch is; both views start from the
-    same images. Ties go to the lower id. float32 or float64, never half.
+    same images. Ties go to the lower id.
     """
-    if x.ndim != 2 or k < 1 or iters < 1:
-        raise ValueError(f"k-means of {tuple(x.shape)} with k = {k}, iters = {iters}: needs rows "
-                         "and columns, k and iters at least 1")
     ids = None
     for _ in range(iters):
         c = x[:k] if ids is None else centroids(x, ids, k)
@@ -237,11 +229,8 @@ def cut_vectors(x, k_eigen, sigma=1.0):
     """Rows to group by normalised cuts: Y (N, k_eigen), column 0 all ones (E10).
 
     The first eigenvectors of L = D^-1/2 (D - W) D^-1/2, times D^-1/2, over the scalar Y[0, 0].
-    Raises: ValueError if k_eigen is not in 1..N.
     """
-    if not 1 <= k_eigen <= len(x):
-        raise ValueError(f"{k_eigen} eigenvectors of a graph of {len(x)} rows")
-    # features that are not finite make the loss so, which stops all ranks: here they may not crash
+    # features that are not finite make the loss so, which stops the run: here they may not crash
     W = affinity(x.nan_to_num(), sigma)
     d = W.sum(1).clamp(min=1e-12)  # a zero row is connected to nothing
     root = d.rsqrt()
@@ -253,9 +242,9 @@ def cut_vectors(x, k_eigen, sigma=1.0):
 # ---------------------------------------------------------------------------------- model
 
 
-def unit(x):
+def l2_normalize(x):
     """Rows of norm 1, in float32 at least; a zero row stays zero."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    return F.normalize(upcast(x), dim=-1)
 
 
 class Jigsaw(nn.Module):
@@ -267,8 +256,10 @@ class Jigsaw(nn.Module):
         self.fc2 = common.head("normlinear" if kind.startswith("norm") else "linear", 9 * D, D)
 
     def forward(self, h, order):
-        """order (9 b,): the rows of an image in random order, image after image."""
-        return unit(self.fc2(self.fc1(h)[order].reshape(len(h) // 9, -1)))
+        """order (b, 9): the patches of each image in random order."""
+        patches = self.fc1(h).unflatten(0, order.shape)  # (b, 9, D)
+        patches = patches.gather(1, order[:, :, None].expand_as(patches))
+        return l2_normalize(self.fc2(patches.flatten(1)))
 
 
 class CLD(nn.Module):
@@ -301,23 +292,24 @@ class CLD(nn.Module):
         return nn.Sequential(nn.Linear(d_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
                              nn.Linear(hidden, d_out))
 
-    def forward(self, *views, patches=None, order=None):
-        """Each view (b, 3, S, S) goes alone, so that BatchNorm sees one view at a time.
+    def forward(self, x, x2=None, patches=None, order=None):
+        """Each view, x and x2 (b, 3, S, S), goes alone: BatchNorm sees one view at a time.
 
-        Returns: dict of unit vectors f_I (V, b, D); with CLD f_G (V, b, D); of BYOL the prediction
-        p (V, b, D); with patches (9 b, 3, s, s) and their order the jigsaw query q_jig (b, D).
+        Returns: unit vectors f_I (V, b, D); with CLD f_G (V, b, D); of BYOL the prediction p
+        (V, b, D); with patches (b, 9, 3, s, s) and their order (b, 9) the jigsaw query q_jig
+        (b, D). None where there is none.
         """
-        h = [self.backbone(x) for x in views]  # (b, d) each
-        shared = [self.hidden(x) for x in h]
-        z = [self.instance(x) for x in (h if self.predictor else shared)]
-        out = dict(f_I=unit(torch.stack(z)))
+        h = [self.backbone(view) for view in (x, x2) if view is not None]  # (b, d) each
+        shared = [self.hidden(y) for y in h]
+        z = [self.instance(y) for y in (h if self.predictor else shared)]
+        f_I, f_G, p, q_jig = l2_normalize(torch.stack(z)), None, None, None
         if self.group is not None:
-            out["f_G"] = unit(torch.stack([self.group(x) for x in shared]))
+            f_G = l2_normalize(torch.stack([self.group(y) for y in shared]))
         if self.predictor is not None:
-            out["p"] = unit(torch.stack([self.predictor(x) for x in z]))
+            p = l2_normalize(torch.stack([self.predictor(y) for y in z]))
         if patches is not None:
-            out["q_jig"] = self.jigsaw(self.backbone(patches), order)
-        return out
+            q_jig = self.jigsaw(self.backbone(patches.flatten(0, 1)), order)
+        return f_I, f_G, p, q_jig
 
 
 def uniform_rows(n, D, random):
@@ -336,40 +328,31 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def set_Z(self, exps):
-        """n times the mean of exp(f . v / T) over the global batch, once and for all (E3)."""
-        self.Z.copy_(len(self.V) * common.total(exps.mean()) / common.world())
+        """n times the mean of exp(f . v / T) over the whole batch, once and for all (E3)."""
+        self.Z.copy_(len(self.V) * common.all_reduce_sum(exps.mean()) / common.world())
 
     @torch.no_grad()
     def update(self, f, index, momentum):
-        """E4 with both views of the global batch, view 2 first, view 1 on top of it.
+        """E4 with both views of the batch, view 2 first, view 1 on top of it.
 
-        Args: f (2, B, D) unit-norm; index (B,) int64, rows of V. Of equal indices the last counts.
-        Raises: IndexError for an index outside V; ValueError if f is not finite. V is as it was.
+        Args: f (2, B, D) unit-norm; index (B,) int64, rows of V, each at most once.
         """
-        n = len(self.V)
-        if (outside := (index < 0) | (index >= n)).any():
-            raise IndexError(f"index {int(index[outside][0])} in a bank of {n} rows")
-        if not f.isfinite().all():
-            raise ValueError("features for the bank are not finite")
-        place = torch.arange(len(index), device=index.device)
-        last = torch.zeros(n, dtype=torch.int64, device=index.device).scatter_reduce_(
-            0, index, place, "amax")
         for view in f.flip(0):
             v = momentum * self.V[index] + (1 - momentum) * view.to(self.V.dtype)
-            self.V[index] = F.normalize(v, dim=1)[last[index]]  # equal indices: equal rows
+            self.V[index] = F.normalize(v, dim=1)
 
 
 def cut_patches(x, at, side):
     """Nine patches of an image: x (b, 3, 3 c, 3 c), at (b, 9, 2) their top and left in the cell.
 
-    Returns: (9 b, 3, side, side), image after image, the cells row by row.
+    Returns: (b, 9, 3, side, side), the cells of an image row by row.
     """
     cell, i = x.shape[-1] // 3, torch.arange(9, device=x.device)
     corner = torch.stack([i // 3, i % 3], 1) * cell + at  # (b, 9, 2)
     pixel = corner[..., None] + torch.arange(side, device=x.device)  # (b, 9, 2, side)
     rows, columns = pixel[:, :, 0, :, None], pixel[:, :, 1, None]
     image = torch.arange(len(x), device=x.device)[:, None, None, None]
-    return x[image, :, rows, columns].permute(0, 1, 4, 2, 3).flatten(0, 1)  # from (b, 9, s, s, 3)
+    return x[image, :, rows, columns].permute(0, 1, 4, 2, 3)  # from (b, 9, s, s, 3)
 
 
 def jigsaw_sizes(size):
@@ -377,7 +360,7 @@ def jigsaw_sizes(size):
     return round(85 * size / 224), round(64 * size / 224)
 
 
-def jigsaw_spec(args):
+def jigsaw_augmentation(args):
     """Augmentation of the image that is cut into patches: crop and flip only."""
     return common.augmentation(args, size=3 * jigsaw_sizes(args.image_size)[0], crop=(0.6, 1.0),
                                jitter_p=0.0, gray=0.0, blur=0.0, solarize=0.0, erase=0.0,
@@ -385,120 +368,125 @@ def jigsaw_spec(args):
 
 
 def jigsaw(batch, args):
-    """Patches and order of this rank's rows for `CLD.forward`, drawn for the global batch."""
+    """Patches (b, 9, 3, s, s) and their order (b, 9), drawn for the whole batch."""
     cell, side = jigsaw_sizes(args.image_size)
-    x = common.augment(batch.more[0])[0]  # (b, 3, 3 cell, 3 cell)
+    x = common.augment(batch.extra[0])[0]  # (b, 3, 3 cell, 3 cell)
     random, B = common.generator(args.seed, batch.step, "jigsaw"), args.batch_size
-    own = slice(batch.first, batch.first + len(x))
-    at = torch.randint(cell - side + 1, (B, 9, 2), generator=random)[own].to(x.device)
-    order = torch.rand(B, 9, generator=random).argsort(1)[own].to(x.device)
-    order = (order + 9 * torch.arange(len(x), device=x.device)[:, None]).flatten()
-    return dict(patches=cut_patches(x, at, side), order=order)
+    at = torch.randint(cell - side + 1, (B, 9, 2), generator=random)[batch.own].to(x.device)
+    order = torch.rand(B, 9, generator=random).argsort(1)[batch.own].to(x.device)
+    return cut_patches(x, at, side), order
 
 
 # ---------------------------------------------------------------------------------- training
 
 
 def train(args):
-    """Train on this rank; see the docstring of the file."""
+    """Train in this process; see the top of the file."""
     check(args)
     device = common.setup(args)
-    grouped = args.batch_size // (common.world() if args.group_scope == "rank" else 1)
-    check_groups(args, grouped)
     data = common.load(args, device)
-    model = CLD(args).to(device, memory_format=common.layout(args))
+    model = CLD(args).to(device, memory_format=common.memory_format(args))
     key = None if args.base == "npid" else copy.deepcopy(model).requires_grad_(False)
-    bank, queue = memory(args, len(data.train), device)
-    network = common.ddp(model, args)
+    bank, queue = make_memory(args, len(data.train), device)
+    network = common.distribute(model, args)
+    key_network = None if key is None else common.micro_batches(key, args)
     optimizer, scaler = common.optimizer(args, model), common.scaler(args, device)
     log = common.Log(args, data)
     state = dict(model=model, key=key, bank=bank, queue=queue, optimizer=optimizer, scaler=scaler,
                  log=log)
     state = {name: part for name, part in state.items() if part is not None}
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
-    spec = common.augmentation(args)
-    views = 2 if args.base in ("npid", "byol") else 3  # MoCo, InfoMin: two queries and the key
-    more = [(jigsaw_spec(args), 1)] if args.base == "infomin" else []
+    aug = common.augmentation(args)
+    extra = [(jigsaw_augmentation(args), 1)] if args.base == "infomin" else []
 
-    def measure():
+    def evaluate():
         if args.knn_feature == "backbone":
             return dict(knn_top1=common.knn_accuracy(model.backbone, data))
-        return dict(knn_top1=common.knn_accuracy(model, data, lambda out: out["f_I"][0]))  # E11
+        return dict(knn_top1=common.knn_accuracy(model, data, lambda out: out[0][0]))  # E11
 
     if first_step == 0:
-        common.begin(state, args, data, spec, measure)
+        report_groups(args)
+        common.start_run(state, args, data, aug, evaluate)
 
-    for batch in data.batches(first_step, steps, spec, views, more):
+    views = 2 if args.base in ("npid", "byol") else 3  # MoCo, InfoMin: two queries and the key
+    for batch in data.batches(first_step, steps, aug, views, extra):
         step = batch.step
-        x = common.augment(batch)  # (V, b, 3, S, S)
+        x = common.augment(batch)                               # (V, b, 3, S, S), this process
         with common.autocast(args, device):
-            out = network(x[0], x[1], **(jigsaw(batch, args) if more else {}))
-            keys = key_pass(key, x, args, step)
-        loss, parts = instance_loss(out, keys, bank, queue, batch, args), {}  # E2, E3, E5
+            f_I, f_G, p, q_jig = network(x[0], x[1], *(jigsaw(batch, args) if extra else ()))
+            keys = key_pass(key_network, x, args, step)
+        if args.base == "npid":
+            loss = npid_loss(f_I, bank, batch, args)                                    # E2, E3
+        elif args.base == "byol":
+            loss = byol(p, keys)
+        else:
+            k = keys[batch.own]                                 # (b, D)
+            loss = sum(moco(q, k, queue.keys, args.tau) for q in f_I) / 2               # E5
+        if args.base == "infomin":
+            jig = moco(q_jig, k, queue.keys, args.tau)
+            loss = (1 - args.beta) * loss + args.beta * jig
+        stats = {}
         if args.lambda_cld > 0:
-            f_G = out["f_G"]  # (2, b, D)
-            of_rank = args.group_scope == "rank"  # differs from the released code, which has this
-            l, hit = cld(f_G, args.k, args.iters, args.tau_cld,
-                         keys=f_G if of_rank else common.gather(f_G, dim=1),  # (2, B, D)
-                         first=0 if of_rank else batch.first,
-                         k_eigen=args.k_eigen if args.grouping == "ncuts" else 0)  # E6, E7
-            parts = dict(instance=loss, cld=l.mean(), group_acc=100 * hit[0].double().mean())
-            loss = loss + args.lambda_cld * l.mean()  # E8
+            f_G = common.gather(f_G)                            # (2, B, D)
+            L_CLD, accuracy = cld(f_G, args.k, args.iters, args.tau_cld, args.k_eigen if
+                                  args.grouping == "ncuts" else 0, args.group_rows)     # E6, E7
+            stats = dict(instance=loss, cld=L_CLD, group_acc=100 * accuracy)
+            loss = loss + args.lambda_cld * L_CLD                                       # E8
 
         lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
         optimizer.zero_grad(set_to_none=True)
-        value = common.finite(loss, step)  # all ranks stop together, before a table changes
         scaler.scale(loss).backward()
+        values = common.check_loss(loss, step, stats)
         scaler.step(optimizer)
         scaler.update()
         if bank is not None:
-            bank.update(common.gather(out["f_I"].detach(), dim=1), common.gather(batch.rows),
-                        args.bank_momentum)  # E4
+            bank.update(common.gather(f_I.detach()), batch.rows, args.bank_momentum)    # E4
         if queue is not None:  # once; the released InfoMin code enqueues for each query
             queue.enqueue(keys)
         if key is not None:  # with the weights after the step
             common.momentum_update(key, model, args.key_momentum)
-        log(step, loss=value, lr=lr, **common.means(parts))
+        log(step, **values, lr=lr)
 
-        if common.end_step(step, state, args, data, measure):
+        if common.end_step(step, state, args, data, evaluate):
             break
     title = args.base + (f" + CLD, k = {args.k}" if args.lambda_cld > 0 else "")
     common.summary(log, args, f"{title}, {args.dataset}", first_step,
                    panels=[("group_acc", "group accuracy (%)")])
 
 
-def key_pass(key, x, args, step):
-    """Of views x (V, b, 3, S, S): keys (B, D) of all ranks from view 3 for MoCo and InfoMin, the
-    targets (2, b, D) of BYOL, None for NPID. BatchNorm in training mode, no gradient."""
+def report_groups(args):
+    """Warn if k is larger than the number of rows that are grouped together."""
+    N = args.group_rows or args.batch_size
+    if args.lambda_cld > 0 and args.k > N:
+        common.print_rank0(f"warning: --k {args.k} for {N} rows that are grouped together: nearly "
+                           f"every image is a group of its own, at least {args.k - N} are empty "
+                           "(logit 0)")
+
+
+def key_pass(key_network, x, args, step):
+    """Of views x (V, b, 3, S, S): keys (B, D) of the whole batch from view 3 for MoCo and InfoMin,
+    the targets (2, b, D) of BYOL, None for NPID. BatchNorm in training mode, no gradient."""
     if args.base == "npid":
         return None
     if args.base == "byol":
         with torch.no_grad():
-            return key(x[0], x[1])["f_I"]
-    return common.shuffled_keys(lambda y: key(y)["f_I"][0], x[2], args.seed, step)
+            return key_network(x[0], x[1])[0]
+    return common.shuffled_keys(lambda view: key_network(view)[0][0], x[2], args, step)
 
 
-def instance_loss(out, keys, bank, queue, batch, args):
-    """L_I of both views, mean over this rank's rows: scalar. The tables are only read, but for Z,
+def npid_loss(f, bank, batch, args):
+    """L_I of NPID (E2, E3), the mean over both views f (2, b, D). The bank is only read, but for Z,
     which the first batch sets."""
-    f = out["f_I"]  # (2, b, D)
-    if args.base == "npid" and args.nce:
-        exps = [exp_similarity(f[v], bank.V, sampled(batch, v, len(bank.V), args), args.tau)
-                for v in (0, 1)]  # (b, 1 + m) each
-        if batch.step == 0:
-            bank.set_Z(exps[0])
-        return sum(npid_nce(e / bank.Z, len(bank.V)).mean() for e in exps) / 2  # E3
-    if args.base == "npid":
-        return sum(npid(v, bank.V, batch.rows, args.tau).mean() for v in f) / 2  # E2
-    if args.base == "byol":
-        return byol(out["p"], keys)
-    k, Q = keys[batch.first:batch.first + f.shape[1]], queue.keys
-    if args.base == "infomin":
-        return infomin(f, out["q_jig"], k, Q, args.tau, args.beta)
-    return sum(moco(q, k, Q, args.tau) for q in f) / 2  # E5
+    if not args.nce:
+        return sum(npid(v, bank.V, batch.rows[batch.own], args.tau) for v in f) / 2  # E2
+    exps = [exp_similarity(v, bank.V, sample_negatives(batch, i, len(bank.V), args), args.tau)
+            for i, v in enumerate(f)]  # (b, 1 + m) each
+    if batch.step == 0:
+        bank.set_Z(exps[0])
+    return sum(npid_nce(e / bank.Z, len(bank.V)) for e in exps) / 2  # E3
 
 
-def memory(args, n, device):
+def make_memory(args, n, device):
     """Bank of NPID and queue of MoCo and InfoMin, or None, with their initial vectors."""
     random = common.generator(args.seed, 0, "memory")
     if args.base == "npid":
@@ -508,16 +496,16 @@ def memory(args, n, device):
     if args.base == "moco":
         rows = uniform_rows(args.queue, args.dim, random)
     else:
-        rows = unit(torch.randn(args.queue, args.dim, generator=random))
+        rows = l2_normalize(torch.randn(args.queue, args.dim, generator=random))
     return None, common.Queue(rows.to(device))
 
 
-def sampled(batch, view, n, args):
+def sample_negatives(batch, view, n, args):
     """Rows of the bank (b, 1 + m) for E3: the image itself, then m drawn with replacement."""
     random = common.generator(args.seed, batch.step, f"nce {view}")
-    idx = torch.randint(n, (args.batch_size, args.nce), generator=random)  # of the global batch
-    idx = idx[batch.first:batch.first + len(batch.rows)].to(batch.rows.device)
-    return torch.cat([batch.rows[:, None], idx], 1)
+    idx = torch.randint(n, (args.batch_size, args.nce), generator=random)  # of the whole batch
+    rows = batch.rows[batch.own]
+    return torch.cat([rows[:, None], idx[batch.own].to(rows.device)], 1)
 
 
 def learning_rate(step, steps_per_epoch, args):
@@ -538,9 +526,9 @@ def learning_rate(step, steps_per_epoch, args):
 
 def check(args):
     """BadInput for flags that do not go together, before anything is read."""
-    common.require(args, above=["tau", "tau_cld", "dim", "iters", "k_eigen", "queue"],
-                   least=["lambda_cld", "nce", "warmup"],
-                   share=["bank_momentum", "key_momentum", "beta"])
+    common.check_ranges(args, above=["tau", "tau_cld", "dim", "iters", "k_eigen", "queue"],
+                        least=["lambda_cld", "nce", "warmup", "group_rows"],
+                        share=["bank_momentum", "key_momentum", "beta"])
     if args.lambda_cld > 0 and args.k < 2:
         raise common.BadInput(f"--k {args.k} makes one group only, its loss is 0; at least 2, or "
                               "--lambda-cld 0")
@@ -553,24 +541,21 @@ def check(args):
             (args.schedule != "cosine-epoch", ["warmup"], "by --schedule cosine-epoch"),
             (args.schedule == "steps", ["milestones"], "without --schedule steps")):
         if not used:
-            common.unused(args, names, why)
+            common.reject_unused(args, names, why)
     if moco and args.queue < args.batch_size:
         raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "
                               f"{args.batch_size}: it must hold the keys of one step")
-
-
-def check_groups(args, N):
-    """BadInput if N grouped rows have too few eigenvectors; a warning if k is larger than N."""
+    if args.group_rows and args.batch_size % args.group_rows:
+        raise common.BadInput(f"--group-rows {args.group_rows} does not divide --batch-size "
+                              f"{args.batch_size}; 0 groups the whole batch")
+    N = args.group_rows or args.batch_size
     if args.lambda_cld > 0 and args.grouping == "ncuts" and args.k_eigen > N:
         raise common.BadInput(f"--k-eigen {args.k_eigen}: {N} rows are grouped together, which "
                               "have as many eigenvectors")
-    if args.lambda_cld > 0 and args.k > N:
-        common.say(f"warning: --k {args.k} for {N} rows that are grouped together: nearly every "
-                   f"image is a group of its own, at least {args.k - N} are empty (logit 0)")
 
 
 def main(argv=None):
-    """Flags and start; `main([...])` runs in this process."""
+    """Parse the flags and train; `main([...])` runs in this process."""
     parser = common.Parser("cld", __doc__, RECIPES)
     add = parser.add_argument_group("CLD").add_argument
     add("--base", default="npid", choices=["npid", "moco", "mocov2", "infomin", "byol"],
@@ -582,8 +567,8 @@ def main(argv=None):
     add("--grouping", default="kmeans", choices=["kmeans", "ncuts"], help="E6, or E10")
     add("--k-eigen", type=int, default=10, help="eigenvectors that --grouping ncuts uses; "
         "there is no published value")
-    add("--group-scope", default="global", choices=["global", "rank"],
-        help="rows that are grouped together: the global batch, or those of a process")
+    add("--group-rows", type=int, default=0, help="group parts of N rows of the batch (the "
+        "authors: those of a process), 0: the whole batch")
     add("--head", default="linear", choices=["linear", "normlinear", "mlp", "normmlp"],
         help="both heads; with mlp they share the hidden layer")
     add("--dim", type=int, default=128, help="D, width of f")

@@ -3,28 +3,30 @@ Representations, ICLR 2022, arXiv 2202.06670; earlier version arXiv 2106.02869).
 
 Auxiliary information (attributes, a class hierarchy), or K-means on the features, gives every
 image a cluster id Z. Views of images of one cluster are positives of each other. The labels E1 to
-E8 are those of this project: the paper's own equation numbers could not be checked.
+E8 are those of this project: the paper's own equation numbers could not be checked. (The
+second label is for weights of the pairs, which the authors' code has but no training uses: they
+are only in tests/test_golden.py.)
 
     u_a . u_c / T = s_ac,  A(a) = all views but a,  P(a) = views in A(a) of a's cluster
     l_a = -(T/T0) 1/|P(a)| sum_{c in P(a)} [ s_ac - log sum_{c' in A(a)} exp s_ac' ]         E1
     L   = mean_a l_a                              (the Cl-InfoNCE objective of Sec. 3)       E1
-    with weights w_ac of the pairs: l_a = -(T/T0) sum_c w_ac log p_ac / sum_c w_ac           E2
     Z = image id: InfoNCE (SimCLR's NT-Xent times T/T0).  Z = class: SupCon.                 E3
     T/T0 scales loss and gradient: 1.43 at T = 0.1, T0 = 0.07; T0 = T is plain NT-Xent       E4
     dual head: L = E1 on head 1 with Z = image id, T0 = T (E5), plus on head 2, G detached,
-    h(q, G) = -1/b sum_i 1/|M_i| sum_{j in M_i} log softmax_j(q_i . G_j / T)                 E6
+    h(q, G) = -1/B sum_i 1/|M_i| sum_{j in M_i} log softmax_j(q_i . G_j / T)                 E6
     L_cl = ( h(q1, G2) + h(q2, G1) ) / 2,  M_i = images j with z_j = z_i
     attributes: by entropy H_j = -sum_v p_v log2 p_v, Z = the tuple of the k highest;
     quality: H(Z|T) = H(Z,T) - H(T), I(Z;T) = H(Z) - H(Z|T), T the class, bits               E7
     K-means: min over c_1..c_k of sum_i min_m |x_i - c_m|^2, x_i the unit embedding, Z_i = m E8
 
-Sees:   images and one column of ids (--clusters); nothing else with kmeans or instance.
-State:  the network, and one id per image (8 bytes).
-Shapes: N images, B global batch, b rows of this rank, V views, D embedding width, K clusters.
+Labels used:  one column of ids (--clusters); none with kmeans or instance.
+State kept:   the network, and one id per image (8 bytes).
+Shapes:       N images, B global batch, b rows of this process, V views, D embedding width.
 
     torchrun --standalone --nproc_per_node=2 clinfonce.py              # demo on 2 CPU cores, 2 min
     python clinfonce.py --recipe c100-small --download                 # CIFAR-100, 3 CPU minutes
     python clinfonce.py --recipe cifar10 --download                    # one GPU
+    python clinfonce.py --recipe cifar10 --micro-batch 64              # one small GPU
     torchrun --nproc_per_node=4 clinfonce.py --recipe cifar10          # four, the same global batch
     torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100 --data-dir DIR --hierarchy FILE
     torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100-kmeans --data-dir DIR
@@ -96,82 +98,44 @@ WEAK = dict(crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))  # [D] dual head, warm
 # ---------------------------------------------------------------------------------- loss
 
 
-def cl_infonce(z, ids=None, mask=None, keys=None, key_ids=None, first=0, tau=0.1, base_tau=0.07,
-               mode="all", reduction="mean"):
-    """Cl-InfoNCE (E1), or with given weights of the pairs (E2); mean over this rank's anchors.
-
-    With neither ids nor mask every image is its own cluster (E3); with base_tau = tau that is the
-    instance head of the dual form (E5).
+def cl_infonce(z, ids=None, tau=0.1, base_tau=0.07):
+    """Cl-InfoNCE (E1): all V B views of a batch are anchors.
 
     Args:
-        z: (V, b, D) embeddings of this rank's rows, unit-norm for the paper's loss; more
-            dimensions are flattened.
-        ids: (b,) int64 cluster of each row, any values.  key_ids: (B,) those of the global batch.
-        mask: (b, B) weights M of this rank's rows, may be asymmetric and not binary (E2).
-        keys: (V, B, D) embeddings of the global batch in rank order; z itself on one rank.
-        first: global row of z[:, 0].
-        tau, base_tau: T > 0, and T0 of the factor T/T0.
-        mode: "all" views are anchors, or "one": view 0 only.
-        reduction: "mean", or "none": (V, b), with mode "one" (1, b); 0 where an anchor has no
-            positive.
-
-    Returns: scalar, the mean over the anchors that have a positive. With two views and ids all
-        have one, and then the mean over ranks is the loss of one process over the global batch.
-    Raises: ValueError for a wrong shape or argument.
+        z: (V, B, D) embeddings of the views, unit-norm; float16 and bfloat16 become float32.
+        ids: (B,) int64, the cluster Z of each image, any values. None: every image is its own
+            cluster (E3), with base_tau = tau the instance head of the dual form (E5).
+        tau, base_tau: T > 0, and T0 of the factor T/T0 (E4).
+    Returns: scalar, the mean over the anchors that have a positive; with two views all have one.
     """
-    if z.ndim < 3:
-        raise ValueError(f"features must be [views, rows, D], got {tuple(z.shape)}")
-    if ids is not None and mask is not None:
-        raise ValueError("give ids or mask, not both")
-    if mode not in ("all", "one") or reduction not in ("mean", "none"):
-        raise ValueError(f"unknown mode {mode!r} or reduction {reduction!r}")
-    if not (tau > 0 and base_tau > 0):
-        raise ValueError(f"tau and base_tau must be above 0, got {tau} and {base_tau}")
-    z = z.flatten(2)
-    keys = z if keys is None else keys.flatten(2)
-    V, b, _ = z.shape
-    B = keys.shape[1]
-    row = torch.arange(b, device=z.device)
-    if ids is not None:
-        key_ids = ids if key_ids is None else key_ids
-        if ids.shape != (b,) or key_ids.shape != (B,):
-            raise ValueError(f"ids {tuple(ids.shape)} and key_ids {tuple(key_ids.shape)} for "
-                             f"{b} rows and {B} keys")
-        mask = ids[:, None] == key_ids[None]
-    elif mask is None:
-        mask = first + row[:, None] == torch.arange(B, device=z.device)  # the row's own image
-    elif mask.shape != (b, B):
-        raise ValueError(f"mask must be {(b, B)}, got {tuple(mask.shape)}")
-
-    views = V if mode == "all" else 1  # that give anchors
-    s = z[:views].flatten(0, 1) @ keys.flatten(0, 1).T / tau  # (views*b, V*B)
-    view = torch.arange(views, device=z.device)
-    itself = (view[:, None] * B + first + row).flatten()[:, None]  # column: the anchor itself
-    log_p = s.scatter(1, itself, float("-inf")).log_softmax(1)  # denominator A(a) of E1
-    w = mask.to(z.dtype).repeat(views, V).scatter(1, itself, 0.0)  # w of E2; of E1: 1 on P(a)
-    positives = w.sum(1)
-    # w = 0 at the column of the anchor itself, but 0 * -inf is not 0
-    l = -(w * log_p.scatter(1, itself, 0.0)).sum(1)  # E1, E2
-    has = positives > 0
+    V, B = z.shape[:2]
+    u = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, 1)  # (VB, D), view after view
+    ids = torch.arange(B, device=z.device) if ids is None else ids
+    itself = torch.eye(V * B, dtype=torch.bool, device=z.device)
+    P = (ids[:, None] == ids).repeat(V, V) & ~itself  # (VB, VB) P(a)
+    s = (u @ u.T / tau).masked_fill(itself, float("-inf"))  # s_ac over A(a)
+    log_p = s.log_softmax(1).masked_fill(~P, 0)
+    l = -(tau / base_tau) * log_p.sum(1) / P.sum(1).clamp(min=1)  # (VB,) E1, T/T0: E4
     # differs from the released code: there an anchor without positive makes everything NaN
-    l = tau / base_tau * l / positives.where(has, torch.ones_like(positives))  # T/T0: E4
-    return l.unflatten(0, (views, b)) if reduction == "none" else l.sum() / has.sum().clamp(min=1)
+    return l.sum() / P.any(1).sum().clamp(min=1)
 
 
-def cluster_head_loss(q, keys, ids, key_ids, tau=0.1):
-    """Cluster head of the dual form (E6): each view against the other view of the global batch.
+def cluster_head_loss(q, ids, tau=0.1):
+    """Cluster head of the dual form (E6): each view against the other view of the batch.
 
-    Args: q (2, b, D) unit-norm, with gradient; keys (2, B, D) of all ranks; the authors detach
-    them all, own rows included, and so does `train`; ids (b,), key_ids (B,) int64; tau: T.
-    Returns: scalar; the pair of an image with its own other view is a positive, no factor T/T0.
+    Args: q (2, B, D) unit-norm, float16 and bfloat16 become float32; ids (B,) int64; tau: T.
+    Returns: scalar. The gradient flows to the anchors only; the pair of an image with its own
+    other view is a positive; there is no factor T/T0.
     """
-    M = (ids[:, None] == key_ids[None]).to(q.dtype)  # (b, B)
-    M = M / M.sum(1, keepdim=True)
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    G = q.detach()  # differs from E5: no key has a gradient
+    M = (ids[:, None] == ids).to(q.dtype)  # (B, B)
+    M = M / M.sum(1, keepdim=True)  # 1/|M_i| on M_i
 
-    def h(anchors, G):
-        return -(M * (anchors @ G.T / tau).log_softmax(1)).sum(1).mean()
+    def h(anchors, keys):
+        return -(M * (anchors @ keys.T / tau).log_softmax(1)).sum(1).mean()
 
-    return (h(q[0], keys[1]) + h(q[1], keys[0])) / 2
+    return (h(q[0], G[1]) + h(q[1], G[0])) / 2
 
 
 # ---------------------------------------------------------------------------------- grouping
@@ -184,7 +148,9 @@ def entropy_bits(ids):
 
 
 def information(z, t):
-    """How clusters z (N,) and labels t (N,) inform each other (E7), bits: a dict of five floats."""
+    """How clusters z (N,) and labels t (N,) inform each other (E7), bits: a dict of five floats.
+    Images without label (t < 0) are left out."""
+    z, t = z[t >= 0], t[t >= 0]
     H_Z, H_T = entropy_bits(z), entropy_bits(t)
     H_ZT = entropy_bits(torch.unique(torch.stack([z, t]), dim=1, return_inverse=True)[1])
     return dict(H_Z=H_Z, H_T=H_T, H_Z_given_T=H_ZT - H_T, H_T_given_Z=H_ZT - H_Z,
@@ -249,12 +215,10 @@ def kmeans(x, k, seed=0):
     return torch.from_numpy(ids), torch.from_numpy(centroids.copy())
 
 
-def kmeans_torch(x, k, seed=0, share=slice(None), total=lambda t: t):
-    """The same K-means on the device of x, the work shared out over ranks (E8).
+def kmeans_torch(x, k, seed=0):
+    """The same K-means on the device of x (E8). Args and Returns as of `kmeans`.
 
-    Args: x (N, D) float32, all rows on every rank; share: the rows that this rank assigns;
-    total: sums a tensor over the ranks (in float64, so that their order hardly ever shows).
-    Returns: ids (N,) int64, centroids (k, D) float32. On CUDA not the same to the last bit.
+    On CUDA it is not the same to the last bit from run to run.
     """
     def nearest(points, c):  # |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2), by blocks of 2^25 numbers
         best = [(p @ c.T - (c * c).sum(1) / 2).max(1) for p in points.split(max(1, 2 ** 25 // k))]
@@ -262,7 +226,7 @@ def kmeans_torch(x, k, seed=0, share=slice(None), total=lambda t: t):
 
     random = torch.Generator().manual_seed(seed)
     keep = torch.randperm(len(x), generator=random)[:1000 * k]  # at most 1000 points per centroid
-    points = x[keep.to(x.device)][share]
+    points = x[keep.to(x.device)]
     nudge = torch.tensor([1, -1], device=x.device).repeat(x.shape[1])[:x.shape[1]] / 1024  # (D,)
     best_fit, best_c = float("-inf"), None
     for _ in range(5):  # nredo
@@ -270,22 +234,20 @@ def kmeans_torch(x, k, seed=0, share=slice(None), total=lambda t: t):
         for _ in range(20):  # niter
             ids = nearest(points, c)[1]
             sums = torch.zeros_like(c, dtype=torch.float64).index_add_(0, ids, points.double())
-            sums, counts = total(sums), total(torch.bincount(ids, minlength=k).double())
+            counts = torch.bincount(ids, minlength=k).double()
             c = (sums / counts.clamp(min=1)[:, None]).float()
             for empty in (counts == 0).nonzero().flatten().tolist():
                 big = int(counts.argmax())  # split the largest cluster, as faiss does
                 c[empty], c[big] = c[big] * (1 + nudge), c[big] * (1 - nudge)
                 counts[empty] = counts[big] = counts[big] / 2
-        fit = total(nearest(points, c)[0].double().sum()).item()  # highest = smallest distances
+        fit = nearest(points, c)[0].double().sum().item()  # highest = smallest distances
         if fit > best_fit:
             best_fit, best_c = fit, c
-    ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    ids[share] = nearest(x[share], best_c)[1]
-    return total(ids), best_c
+    return nearest(x, best_c)[1], best_c
 
 
 def cluster_epochs(epoch, warmup, period):
-    """Whether an epoch begins with a clustering: epochs from 1, in the dual form from 0.
+    """True if an epoch begins with a K-means: epochs from 1, in the dual form from 0.
 
     With a period p > 1 the first is epoch p - 1, as in the authors' code.
     """
@@ -293,7 +255,7 @@ def cluster_epochs(epoch, warmup, period):
 
 
 def auxiliary_ids(table, args):
-    """Cluster id of every training row from --clusters, and a line about it for the log.
+    """Cluster id of every training row from --clusters, and what it says about the labels.
 
     Returns: ids (N,) int64; dict of H(Z), H(Z|T), I(Z;T) in bits with T = --label, and K.
     """
@@ -343,10 +305,10 @@ def auxiliary_ids(table, args):
     if name == "kmeans" and args.k > len(ids):
         raise common.BadInput(f"--k {args.k} needs at least {args.k} images, found {len(ids)}")
     if name == "kmeans" and len(ids) < 10 * args.k:
-        common.say(f"warning: --k {args.k} for {len(ids)} images is fewer than 10 a cluster")
-    known = label >= 0
-    about.update(K=ids.unique().numel(), **information(ids[known], label[known]))
-    return ids, about
+        common.print_rank0(f"warning: --k {args.k} for {len(ids)} images is fewer than 10 images a "
+                           "cluster")
+    about.update(K=ids.unique().numel(), **information(ids, label))
+    return ids.unique(return_inverse=True)[1] if args.loss == "ce" else ids, about
 
 
 def _hierarchy_ids(table, args, name):
@@ -374,7 +336,7 @@ def _hierarchy_ids(table, args, name):
 
 
 class ClInfoNCE(nn.Module):
-    """Encoder and projection head(s): (n, 3, S, S) images to a list of (n, D) unit vectors."""
+    """Encoder and head(s): views, (b, 3, S, S) each, to unit vectors (V, b, D), or class logits."""
 
     def __init__(self, args, classes):
         super().__init__()
@@ -385,114 +347,107 @@ class ClInfoNCE(nn.Module):
         else:
             self.head = common.head("mlp3" if args.dual else "mlp", width, args.dim)
         self.head2 = common.head("mlp3", width, args.dim) if args.dual else None
-        self.unit = args.loss != "ce"
+        self.normalize = args.loss != "ce"
 
-    def forward(self, x, second=False):
-        """second: also the cluster head of the dual form."""
-        h = self.backbone(x)
-        out = [self.head(h)] + ([self.head2(h)] if second else [])
-        return [F.normalize(z.float(), dim=1) if self.unit else z.float() for z in out]
+    def forward(self, *views, second=False):
+        """Returns: z of the head; q of the cluster head of the dual form with `second`, or None."""
+        h = self.backbone(torch.cat(views))  # BatchNorm sees all views at once
+        z, q = (None if head is None else head(h).float().unflatten(0, (len(views), -1))
+                for head in (self.head, self.head2 if second else None))
+        return [F.normalize(y, dim=2) if y is not None and self.normalize else y for y in (z, q)]
 
 
 class Clusters(nn.Module):
-    """Cluster id of every training row; `found`: whether K-means has run. In the checkpoint."""
+    """Cluster id of every training image, (N,) int64. In the checkpoint."""
 
     def __init__(self, ids):
         super().__init__()
         self.register_buffer("ids", ids.clone())
-        self.register_buffer("found", torch.tensor(False))
 
     def update(self, model, data, args, epoch):
-        """K-means of the embeddings (E8) on equal terms for all ranks: everyone gets the ids."""
+        """K-means of the embeddings (E8) by rank 0; all processes get its ids."""
         # head 1's outputs, not the encoder's, also in the dual form whose ids train head 2
-        x = common.features(model, data, data.train, squash=args.dual, pick=lambda z: z[0])
+        x = common.extract_features(model, data, data.train, resize=args.dual,
+                                    select=lambda out: out[0][0])
         if not x.isfinite().all():
             raise common.RunFailed(f"epoch {epoch}: features to cluster are not finite; try a "
                                    "smaller --lr")
-        if args.kmeans == "torch" or args.kmeans == "auto" and x.is_cuda:
-            share = slice(common.rank(), None, common.world())
-            ids = kmeans_torch(x, args.k, 0, share, common.total)[0]
-        else:
-            ids = torch.zeros_like(self.ids)
-            if common.rank() == 0:
-                ids.copy_(kmeans(x.cpu(), args.k)[0])
-            common.total(ids)  # the others add zeros
-        self.ids.copy_(ids)
-        self.found.fill_(True)
+        self.ids.zero_()
+        if common.rank() == 0:
+            on_device = args.kmeans == "torch" or args.kmeans == "auto" and x.is_cuda
+            ids, _ = kmeans_torch(x, args.k) if on_device else kmeans(x.cpu(), args.k)
+            self.ids.copy_(ids)
+        common.all_reduce_sum(self.ids)  # the others add zeros
 
 
 # ---------------------------------------------------------------------------------- training
 
 
 def train(args):
-    """Train on this rank; see the docstring of the file."""
-    check(args)
+    """Train in this process; see the top of the file."""
+    clusterings = check(args)
     device = common.setup(args)
     data = common.load(args, device)
     ids, about = auxiliary_ids(data.train, args)
-    ids = ids.unique(return_inverse=True)[1] if args.loss == "ce" else ids
-    model = ClInfoNCE(args, about["K"]).to(device, memory_format=common.layout(args))
+    model = ClInfoNCE(args, about["K"]).to(device, memory_format=common.memory_format(args))
     clusters = Clusters(ids).to(device)
-    network = common.ddp(model, args, unused=args.dual)
+    network = common.distribute(model, args, unused=args.dual)
     optimizer, scaler = common.optimizer(args, model), common.scaler(args, device)
     log = common.Log(args, data)
     state = dict(model=model, clusters=clusters, optimizer=optimizer, scaler=scaler, log=log)
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
     label = data.train.column(args.label).to(device)
-    known = label >= 0
     strong = common.augmentation(args)
     weak = common.augmentation(args, **WEAK) if args.dual else strong
 
-    def spec(step):  # weak views while the instance head of the dual form trains alone
+    def aug(step):  # weak views while the instance head of the dual form trains alone
         return weak if step < args.kmeans_warmup * data.steps_per_epoch else strong
 
-    def measure():
+    def evaluate():
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
 
     if first_step == 0:
-        log.write(step=0, clusters=args.clusters, **about)
-        first = args.clusters
-        first += " (until the first K-means: every image)" * (args.clusters == "kmeans")
-        common.say("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, I(Z;T) = "
-                   "{I_Z_T:.4f} bits, T = {}".format(first, args.label, **about))
-        common.begin(state, args, data, strong, measure)
+        report_clusters(log, args, about)
+        common.start_run(state, args, data, strong, evaluate)
 
-    for batch in data.batches(first_step, steps, spec, views=1 if args.loss == "ce" else 2):
+    for batch in data.batches(first_step, steps, aug, views=1 if args.loss == "ce" else 2):
         step, epoch = batch.step, batch.step // data.steps_per_epoch + 1
-        if args.clusters == "kmeans" and step % data.steps_per_epoch == 0 and cluster_epochs(
-                epoch - int(args.dual), args.kmeans_warmup, args.kmeans_every):  # dual: from 0
+        if epoch in clusterings and step % data.steps_per_epoch == 0:
             with log.pause():
                 clusters.update(model, data, args, epoch)
-                log.write(step=step, **information(clusters.ids[known], label[known]))
-        dual = args.dual and bool(clusters.found)
-        x = common.augment(batch)  # (V, b, 3, S, S)
+                log.write(step=step, **information(clusters.ids, label))
+        x = common.augment(batch)                               # (V, b, 3, S, S), this process
         with common.autocast(args, device):
-            out = network(x.flatten(0, 1), second=dual)
-        z, *second = (y.unflatten(0, x.shape[:2]) for y in out)  # (V, b, D)
-        own = clusters.ids[batch.rows]  # (b,)
-        if args.loss == "ce":
-            loss = F.cross_entropy(z[0], own)
+            z, q = network(*x, second=args.dual and epoch >= clusterings[0])  # (V, b, D)
+        ids = clusters.ids[batch.rows]                          # (B,)
+        if args.loss == "ce":  # rows do not meet: the own ones, DDP takes the mean
+            loss = F.cross_entropy(z[0], ids[batch.own])
         elif args.dual:
-            loss = cl_infonce(z, keys=common.gather(z, dim=1), first=batch.first, tau=args.tau,
-                              base_tau=args.tau)  # E5
-            for q in second:  # differs from E5: no key of E6 has a gradient, not even the own
-                loss = loss + cluster_head_loss(q, common.gather(q.detach(), dim=1), own,
-                                                common.gather(own), args.tau)  # E6
+            loss = cl_infonce(common.gather(z), tau=args.tau, base_tau=args.tau)        # E5
+            if q is not None:
+                loss = loss + cluster_head_loss(common.gather(q), ids, args.tau)        # E6
         else:
-            loss = cl_infonce(z, ids=own, keys=common.gather(z, dim=1), key_ids=common.gather(own),
-                              first=batch.first, tau=args.tau, base_tau=args.base_tau)  # E1
+            loss = cl_infonce(common.gather(z), ids, args.tau, args.base_tau)           # E1
 
         lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
         optimizer.zero_grad(set_to_none=True)
-        value = common.finite(loss, step)  # all ranks stop together
         scaler.scale(loss).backward()
+        values = common.check_loss(loss, step)
         scaler.step(optimizer)
         scaler.update()
-        log(step, loss=value, lr=lr)
+        log(step, **values, lr=lr)
 
-        if common.end_step(step, state, args, data, measure):
+        if common.end_step(step, state, args, data, evaluate):
             break
     common.summary(log, args, f"Cl-InfoNCE, clusters {args.clusters}, {args.dataset}", first_step)
+
+
+def report_clusters(log, args, about):
+    """Write what the clusters say about the labels to the log and the screen."""
+    log.write(step=0, clusters=args.clusters, **about)
+    name = args.clusters + " (until the first K-means: every image)" * (args.clusters == "kmeans")
+    common.print_rank0("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, "
+                       "I(Z;T) = {I_Z_T:.4f} bits, T = {}".format(name, args.label, **about))
 
 
 def warmup_rule(epoch, epochs, lr, min_lr=1e-5):
@@ -525,22 +480,27 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 def check(args):
-    """BadInput for flags that do not go together, before anything is read."""
-    common.require(args, above=["tau", "base_tau", "dim", "k", "kmeans_every"],
-                   least=["warmup", "kmeans_warmup"])
+    """BadInput for flags that do not go together, before anything is read.
+
+    Returns: the epochs (from 1) that begin with a K-means.
+    """
+    common.check_ranges(args, above=["tau", "base_tau", "dim", "k", "kmeans_every"],
+                        least=["warmup", "kmeans_warmup"])
+    clusterings = [epoch for epoch in range(1, args.epochs + 1) if args.clusters == "kmeans"
+                   and cluster_epochs(epoch - int(args.dual), args.kmeans_warmup,
+                                      args.kmeans_every)]
     if args.clusters == "kmeans":
         if args.k < 2:
             raise common.BadInput("--k 1 makes one cluster only, no negatives")
-        if not any(cluster_epochs(e - int(args.dual), args.kmeans_warmup, args.kmeans_every)
-                   for e in range(1, args.epochs + 1)):
+        if not clusterings:
             raise common.BadInput(
                 f"K-means never runs in --epochs {args.epochs} with --kmeans-warmup "
                 f"{args.kmeans_warmup} and --kmeans-every {args.kmeans_every}")
     else:
-        common.unused(args, ["k", "kmeans", "kmeans_warmup", "kmeans_every"],
-                      "without --clusters kmeans")
+        common.reject_unused(args, ["k", "kmeans", "kmeans_warmup", "kmeans_every"],
+                             "without --clusters kmeans")
     if args.schedule != "cosine":
-        common.unused(args, ["warmup"], f"by --schedule {args.schedule}")
+        common.reject_unused(args, ["warmup"], f"by --schedule {args.schedule}")
     elif args.warmup > args.epochs:
         raise common.BadInput(f"--warmup {args.warmup}: there are {args.epochs} epochs")
     if args.batch_size < 2 and args.loss != "ce":
@@ -554,13 +514,14 @@ def check(args):
     if args.loss == "ce" and args.clusters in ("kmeans", "instance", "-1"):
         raise common.BadInput("--loss ce needs --clusters with a column of ids")
     if args.loss == "ce":
-        common.unused(args, ["tau", "base_tau"], "by --loss ce")
+        common.reject_unused(args, ["tau", "base_tau"], "by --loss ce")
     if args.dual:
-        common.unused(args, ["base_tau"], "with --dual")
+        common.reject_unused(args, ["base_tau"], "with --dual")
+    return clusterings
 
 
 def main(argv=None):
-    """Flags and start; `main([...])` runs in this process."""
+    """Parse the flags and train; `main([...])` runs in this process."""
     parser = common.Parser("clinfonce", __doc__, RECIPES)
     add = parser.add_argument_group("Cl-InfoNCE").add_argument
     add("--loss", default="cl-infonce", choices=["cl-infonce", "ce"],
@@ -573,7 +534,7 @@ def main(argv=None):
     add("--hierarchy", help="JSON tree of class names (LabelName, Level, Subcategory) for level_L")
     add("--k", type=int, default=2500, help="k of K-means (E8)")
     add("--kmeans", default="auto", choices=["auto", "faiss", "torch"],
-        help="faiss on rank 0, or torch on the device, shared over ranks (auto: torch on CUDA)")
+        help="faiss on the CPU, or torch on the device, of rank 0 (auto: torch on CUDA)")
     add("--kmeans-warmup", type=int, default=0, help="first epoch (from 1; with --dual from 0) "
         "that K-means may begin; plain InfoNCE until then")
     add("--kmeans-every", type=int, default=1, help="epochs between clusterings")

@@ -3,12 +3,14 @@
 1 Distributed   2 Data   3 Augmentation   4 Backbones and heads
 5 Optimisation  6 Checkpoint and log      7 Evaluation
 
-Two ideas run through the whole file. The number of processes changes nothing: the global batch is
-the flag, its rows go to the ranks in order, and every table is updated alike on all ranks. And
-every random number is a function of (seed, step, purpose), drawn on the CPU for the whole global
-batch, so that a resumed run, or a run on another number of ranks, sees the same data.
+Two ideas run through the whole file. First, the number of processes changes nothing: --batch-size
+is the global batch, each process augments and encodes its own rows, `gather` brings the embeddings
+together, and every process computes the loss of the whole batch and updates the same tables.
+Second, every random number is a function of (seed, step, purpose), drawn on the CPU for the whole
+batch, so a resumed run, or a run with another number of processes, sees the same data.
 
-Letters: N rows of a data set, B global batch, b rows of this rank, V views, D width, S image size.
+Letters: N images of a data set, B global batch, b rows of this process, V views, D embedding width,
+S image size.
 
     python common.py --dataset shapes --picture views.png      # images beside their augmented views
 """
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torchvision
 from PIL import Image
 from torch import nn
@@ -60,7 +63,7 @@ _bars = []  # progress bars at work
 
 
 def rank():
-    """Number of this process, 0 without torchrun."""
+    """Rank of this process, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -69,8 +72,8 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(text):
-    """Print on rank 0."""
+def print_rank0(text):
+    """Print on rank 0 only."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -85,7 +88,7 @@ def run(train, parser, argv=None):
             time.sleep(0.1)
             dist.destroy_process_group()
     except (BadInput, RunFailed) as error:
-        while _bars:  # else the message would stand on the progress bar's line
+        while _bars:  # keeps the message off the progress bar's line
             _bars.pop().close()
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
             text = " ".join(str(error).splitlines())  # pandas' messages have several
@@ -142,51 +145,110 @@ def generator(seed, step, purpose):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.rows = x.shape[0]
+        ctx.b = x.shape[-2]
         parts = [torch.empty_like(x) for _ in range(world())]
         dist.all_gather(parts, x)
-        return torch.cat(parts)
+        return torch.cat(parts, -2)
 
     @staticmethod
     def backward(ctx, grad):
-        # every rank's loss depends on these rows: the gradients are summed, not only the own kept
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.rows:(rank() + 1) * ctx.rows]
+        first = rank() * ctx.b
+        return world() * grad[..., first:first + ctx.b, :]
 
 
-def gather(x, dim=0):
-    """Rows of all ranks in rank order, with gradient: the backward pass sums over ranks.
+def gather(x):
+    """Rows of the whole batch on every process: (..., b, D) to (..., B, D), in rank order.
 
-    The loss of a rank is a mean over its own anchors, so the summed gradient is W times that of
-    the global loss, and DDP's mean over W ranks makes it exactly the one of a single process.
-    For keys without gradient pass `x.detach()`.
-
-    Args: x (..., b, ...) of equal shape on all ranks, rows along `dim`.
-    Returns: (..., B, ...).
+    Every process then computes the same loss of the whole batch, so it already holds the gradient
+    of its own rows: the backward pass cuts them out, without communication. The factor W makes up
+    for DDP, which averages the gradients over the W processes. For rows without gradient pass
+    `x.detach()`.
     """
-    if world() == 1:
-        return x
-    return _Gather.apply(x.movedim(dim, 0).contiguous()).movedim(0, dim)
+    return _Gather.apply(x.contiguous()) if world() > 1 else x
 
 
-def total(x):
-    """Sum of a tensor over the ranks, in place, without gradient; returns it."""
+def all_reduce_sum(x):
+    """Sum of a tensor over the processes, in place and without gradient; returns it."""
     if world() > 1:
         dist.all_reduce(x)
     return x
 
 
-def ddp(model, args, unused=False):
-    """Wrap a network for training: SyncBatchNorm where asked for, torch.compile, DDP.
+class MicroBatches(nn.Module):
+    """Pass at most `rows` rows of every input through a network at a time, inside DDP.
 
-    BatchNorm's running statistics are those of rank 0. `unused`: some parameters get no gradient
+    The gradient is exactly that of the whole batch. The forward pass keeps only the outputs; the
+    backward pass runs each part again and goes through it. That costs one more forward pass and
+    needs the memory of one part. BatchNorm normalises each part by itself, so k parts on one
+    process equal k processes. As with DDP, which keeps rank 0's buffers, only the first part
+    updates the running statistics.
+
+    Args: model, inputs (b, ...) to a tensor or a tuple of tensors (..., b, D), None where absent.
+    """
+
+    def __init__(self, model, rows):
+        super().__init__()
+        self.model, self.rows = model, rows
+
+    @contextlib.contextmanager
+    def keep_statistics(self):
+        """Inside, BatchNorm's running statistics do not change."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        before = [(m.momentum, m.num_batches_tracked) for m in norms]
+        for m in norms:
+            m.momentum, m.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for m, (momentum, count) in zip(norms, before):
+                m.momentum, m.num_batches_tracked = momentum, count
+
+    def forward(self, *inputs, **options):
+        """`options` go to the network unchanged."""
+        if len(inputs[0]) <= self.rows:
+            return self.model(*inputs, **options)
+        outputs, first_pass = [], contextlib.nullcontext
+        for part in zip(*(x.split(self.rows) for x in inputs)):
+            if torch.is_grad_enabled():
+                out = torch.utils.checkpoint.checkpoint(
+                    self.model, *part, use_reentrant=False, **options,
+                    context_fn=lambda now=first_pass: (now(), self.keep_statistics()))
+            else:
+                with first_pass():
+                    out = self.model(*part, **options)
+            outputs.append(out)
+            first_pass = self.keep_statistics  # from the second part on
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.cat(outputs, -2)
+        return tuple(None if parts[0] is None else torch.cat(parts, -2) for parts in zip(*outputs))
+
+
+def micro_batches(model, args):
+    """The network in `MicroBatches` if --micro-batch asks for it, else the network itself.
+
+    Errors: BadInput if the last part would be a single image, which BatchNorm cannot normalise.
+    """
+    if not args.micro_batch:
+        return model
+    b = args.batch_size // world()
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+                   for m in model.modules())
+    if has_norm and b > 1 and 1 in (args.micro_batch, b % args.micro_batch):
+        raise BadInput(f"--micro-batch {args.micro_batch} leaves a part of one image of the {b} of "
+                       "a process, and BatchNorm needs two")
+    return MicroBatches(model, args.micro_batch)
+
+
+def distribute(model, args, unused=False):
+    """The network to train with: SyncBatchNorm, torch.compile, micro-batches and DDP by the flags.
+
+    DDP keeps BatchNorm's running statistics of rank 0. `unused`: some parameters get no gradient
     in some steps (their .grad stays None).
     """
     device = next(model.parameters()).device
     if args.sync_bn and world() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = torch.compile(model) if args.compile else model
+    network = micro_batches(torch.compile(model) if args.compile else model, args)
     if world() == 1:
         return network
     return nn.parallel.DistributedDataParallel(
@@ -197,31 +259,40 @@ def ddp(model, args, unused=False):
 _signal = dict(asked=False, agreed=False)
 
 
-def finite(loss, step):
-    """Mean of the ranks' losses as a float; all ranks stop together if it is not finite.
+def check_loss(loss, step, stats=None, features=None, conditions=None):
+    """Means over the processes of the loss and of `stats`, as floats, once they are known to be
+    sound. Call it after backward(): it is the one place where a step waits for the device.
 
-    The same message carries the wish of any rank to stop (SIGTERM); see `stopping`.
+    All processes get the same answer from one message, which also carries the wish of any process
+    to stop (see `should_stop`).
+
+    Args: loss, scalar; stats, name -> scalar for the log; features, name -> (..., B, D) of the
+    whole batch that must be finite, as grouping would make labels of a NaN; conditions, text ->
+    bool scalar that must be true.
+    Returns: dict of loss and stats.
+    Errors: RunFailed on all processes, before anything is written.
     """
-    word = torch.stack([loss.detach().double(), loss.new_tensor(_signal["asked"]).double()])
-    value, asked = total(word).tolist()
+    stats, features, conditions = stats or {}, features or {}, conditions or {}
+    flags = [x.detach().isfinite().all() for x in features.values()] + [*conditions.values()]
+    message = torch.stack([x.detach().double() for x in (loss, *stats.values(), *flags)])
+    message = all_reduce_sum(F.pad(message, (0, 1), value=float(_signal["asked"])))
+    *values, asked = message.tolist()
     _signal["agreed"] = asked > 0
-    if not math.isfinite(value):
-        raise RunFailed(f"the loss is {value} at step {step}; the last checkpoint is kept. "
+    means = {name: v / world() for name, v in zip(["loss", *stats], values)}
+    sound = [v == world() for v in values[1 + len(stats):]]
+    if not all(sound[:len(features)]):
+        check_features(step, **features)
+    for text, good in zip(conditions, sound[len(features):]):
+        if not good:
+            raise RunFailed(f"step {step}: {text}")
+    if not math.isfinite(means["loss"]):
+        raise RunFailed(f"the loss is {means['loss']} at step {step}; the last checkpoint is kept. "
                         "A smaller --lr or --amp none may help")
-    return value / world()
+    return means
 
 
-def means(values):
-    """Means over the ranks of a dict of scalar tensors, as floats."""
-    if not values:
-        return {}
-    sums = total(torch.stack([v.detach().double() for v in values.values()]))
-    return dict(zip(values, (sums / world()).tolist()))
-
-
-def all_finite(step, **features):
-    """RunFailed that names what is not finite in features (..., B, D) of the global batch: grouping
-    would make labels of them, and a loss may still be a number."""
+def check_features(step, **features):
+    """RunFailed that names which of the features (..., B, D) is not finite, and in which rows."""
     for name, x in features.items():
         bad = (~x.isfinite()).any(-1).view(-1, x.shape[-2]).any(0)  # (B,)
         if bad.any():
@@ -231,8 +302,8 @@ def all_finite(step, **features):
                             "checkpoint is kept. A smaller --lr or --amp none may help")
 
 
-def stopping():
-    """Whether the ranks agreed, at the last `finite`, to save and stop after this step."""
+def should_stop():
+    """Whether the processes agreed, at the last `check_loss`, to save and stop after this step."""
     return _signal["agreed"]
 
 
@@ -690,26 +761,26 @@ class Data:
                            f"{len(train)} images; use a smaller --batch-size")
 
     def end_of_epoch(self, step, every=1):
-        """Whether step (from 0) ends an epoch whose number is a multiple of `every`, or the run."""
+        """True at the last step (from 0) of every `every`-th epoch and at the last of training."""
         epoch, rest = divmod(step + 1, self.steps_per_epoch)
         return rest == 0 and (epoch % every == 0 or epoch == self.args.epochs)
 
-    def batches(self, first_step, steps, spec, views=2, more=()):
-        """This rank's part of the batch of each step, prefetched by workers where files are read.
+    def batches(self, first_step, steps, aug, views=2, extra=()):
+        """The batch of each step, with this process's images; workers read files ahead.
 
-        Args: spec (dict, see `draw`) or a function step -> spec; views V per image; more, pairs
-        (spec, views): further views of the same images, of another size or kind.
-        Yields: a namespace: step; rows (b,) on the device, row numbers in `train`; first, the
-        place of rows[0] in the global batch; images, uint8 (b, 3, H, W), or (V * b, 3, S, S)
-        already cropped; params (V * b, ...) of all views, view-major; spec; more, a list of such
-        namespaces, one for each pair.
+        Args: aug (dict, see `augmentation`) or a function step -> aug; views V per image; extra,
+        pairs (aug, views): further views of the same images, of another size or kind.
+        Yields: a namespace: step; rows (B,) int64 on the device, row numbers in `train` of the
+        whole batch; own, the slice of them that this process augments; images, uint8
+        (b, 3, H, W), or (V * b, 3, S, S) already cropped; params (V * b, ...) of all views,
+        view-major; aug; extra, a list of such namespaces, one for each pair.
         """
-        plans = (self._plan(s, [(spec(s) if callable(spec) else spec, views), *more])
+        plans = (self._plan(s, [(aug(s) if callable(aug) else aug, views), *extra])
                  for s in range(first_step, steps))
         if self.train.images is not None:
             for batch in plans:
-                images = self.train.images[batch.rows]
-                for part in (batch, *batch.more):
+                images = self.train.images[batch.rows[batch.own]]
+                for part in (batch, *batch.extra):
                     part.images = images
                 yield batch
             return
@@ -719,16 +790,16 @@ class Data:
             for batch in plans:
                 ahead.append(batch)
                 parts = [(part.params["crop"].unflatten(0, (part.views, -1)),
-                          part.params["seed"].view(part.views, -1), part.spec)
-                         for part in (batch, *batch.more)]
+                          part.params["seed"].view(part.views, -1), part.aug)
+                         for part in (batch, *batch.extra)]
                 yield [(row, functools.partial(_crops, groups=[
-                    (u[:, i].numpy(), s[:, i].tolist(), spec) for u, s, spec in parts]))
-                       for i, row in enumerate(batch.rows.tolist())]
+                    (u[:, i].numpy(), s[:, i].tolist(), aug) for u, s, aug in parts]))
+                       for i, row in enumerate(batch.rows[batch.own].tolist())]
 
         for images in self._loader(self.train.paths, tasks()):
             batch = ahead.popleft()
             batch.rows = batch.rows.to(self.device, non_blocking=True)
-            for part, x in zip((batch, *batch.more), images, strict=True):
+            for part, x in zip((batch, *batch.extra), images, strict=True):
                 part.images = x.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             yield batch
 
@@ -740,20 +811,19 @@ class Data:
                 len(self.train), generator=generator(seed, epoch, "order")))
         b = B // world()
         own = slice(rank() * b, (rank() + 1) * b)
-        rows = self._order[1][i * B:(i + 1) * B][own]
+        rows = self._order[1][i * B:(i + 1) * B]
         if self.train.images is not None:
             rows = rows.to(self.device, non_blocking=True)
         parts, number = [], 0
-        for spec, views in groups:
-            drawn = [draw(spec, B, generator(seed, step, f"view {number + v}"))
+        for aug, views in groups:
+            drawn = [sample_params(aug, B, generator(seed, step, f"view {number + v}"))
                      for v in range(views)]
             number += views
             parts.append(SimpleNamespace(
-                spec=spec, views=views, cropped=self.train.images is None,
-                layout=layout(self.args),
+                aug=aug, views=views, cropped=self.train.images is None,
+                memory_format=memory_format(self.args),
                 params={k: torch.cat([d[k][own] for d in drawn]) for k in drawn[0]}))
-        return SimpleNamespace(step=step, first=own.start, rows=rows, more=parts[1:],
-                               **vars(parts[0]))
+        return SimpleNamespace(step=step, rows=rows, own=own, extra=parts[1:], **vars(parts[0]))
 
     def _loader(self, paths, tasks):
         workers = self.args.workers
@@ -765,25 +835,25 @@ class Data:
                 raise RunFailed(f"image {images} cannot be decoded: repair or remove it", True)
             yield images
 
-    def still_batches(self, table, rows, size, squash, batch=256):
+    def eval_batches(self, table, rows, size, resize, batch=256):
         """Images of `rows` for evaluation: uint8-valued float (n, 3, S, S) on the device.
 
         Resize the short side to the next power of two of S, then the central S x S, as the authors
-        of Cl-InfoNCE do; `squash`: resize to S x S without a crop (their dual form).
+        of Cl-InfoNCE do; `resize`: resize to S x S without a crop (their dual form).
         """
         if table.images is None:
-            cut = functools.partial(_still_of_file, size=size, squash=squash)
+            cut = functools.partial(_eval_of_file, size=size, resize=resize)
             tasks = [[(row, cut) for row in part.tolist()] for part in rows.split(batch)]
             for (images,) in self._loader(table.paths, tasks):
                 yield images.to(self.device, non_blocking=True).float()
             return
         for part in rows.split(batch):
-            yield still(table.images[part.to(self.device)].float(), size, squash)
+            yield eval_transform(table.images[part.to(self.device)].float(), size, resize)
 
-    def pixels(self, table, rows, size, squash=False):
+    def pixels(self, table, rows, size, resize=False):
         """The same as one uint8 tensor (n, 3, S, S) on the CPU, for pictures."""
         return torch.cat([x.round().byte().cpu()
-                          for x in self.still_batches(table, rows, size, squash)])
+                          for x in self.eval_batches(table, rows, size, resize)])
 
 
 class _Files:
@@ -808,45 +878,45 @@ def _collate(items):
 
 
 def _crops(image, groups):
-    """Crops (V, 3, S, S) of an image for each group: uniforms (V, 22), seeds (V of them), spec."""
+    """Crops (V, 3, S, S) of an image for each group: uniforms (V, 22), seeds (V of them), aug."""
     crops, (W, H) = [], image.size
-    for u, seeds, spec in groups:
+    for u, seeds, aug in groups:
         boxes = torch.tensor([[0, 0, H, W]]).expand(len(u), 4)
-        if spec["crop"] is not None:
-            boxes = crop_boxes(torch.from_numpy(u), H, W, spec["crop"], spec["ratio"])
-        cut = [image.crop((x, y, x + w, y + h)).resize(2 * [spec["size"]],
+        if aug["crop"] is not None:
+            boxes = crop_boxes(torch.from_numpy(u), H, W, aug["crop"], aug["ratio"])
+        cut = [image.crop((x, y, x + w, y + h)).resize(2 * [aug["size"]],
                                                        Image.Resampling.BILINEAR)
                for y, x, h, w in boxes.tolist()]
-        if spec.get("randaugment"):
-            cut = [randaugment(c, seed, spec) for c, seed in zip(cut, seeds, strict=True)]
+        if aug.get("randaugment"):
+            cut = [randaugment(c, seed, aug) for c, seed in zip(cut, seeds, strict=True)]
         crops.append(np.stack([np.asarray(c).transpose(2, 0, 1) for c in cut]))
     return crops
 
 
-def randaugment(image, seed, spec):
+def randaugment(image, seed, aug):
     """RandAugment of a PIL image by torchvision, a function of the seed; fill is the mean colour.
 
     The magnitude is of 0..10, and 10 is the largest that torchvision's table has.
     """
     from torchvision.transforms import v2
 
-    number, magnitude = spec["randaugment"]
+    number, magnitude = aug["randaugment"]
     change = v2.RandAugment(number, magnitude, num_magnitude_bins=11,
-                            fill=[255 * m for m in spec["mean"]])
+                            fill=[255 * m for m in aug["mean"]])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return change(image)
 
 
-def still(image, size, squash=False):
-    """Evaluation view of a PIL image or a float (n, 3, H, W) tensor; see `Data.still_batches`."""
-    if squash:
+def eval_transform(image, size, resize=False):
+    """Evaluation view of a PIL image or a float (n, 3, H, W) tensor; see `Data.eval_batches`."""
+    if resize:
         return tvf.resize(image, [size, size])
     return tvf.center_crop(tvf.resize(image, 2 ** math.ceil(math.log2(size))), [size, size])
 
 
-def _still_of_file(image, size, squash):
-    return [np.asarray(still(image, size, squash)).transpose(2, 0, 1)]
+def _eval_of_file(image, size, resize):
+    return [np.asarray(eval_transform(image, size, resize)).transpose(2, 0, 1)]
 
 
 # The built-in data set: rendered shapes (synthetic; say so beside every figure made with it).
@@ -985,12 +1055,13 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
 
 # ---------------------------------------------------------------------------------- 3 augmentation
 
-# `draw` makes every random number of one view of the global batch on the CPU; `transform` applies
-# a rank's rows of them on the device. Letters: n images, H x W input, S output size, P = S * S.
+# `sample_params` makes every random number of one view of the whole batch on the CPU;
+# `apply_params` applies a process's rows of them on the device. Letters: n images, H x W input,
+# S output size, P = S * S.
 
 
 def augmentation(args, **changes):
-    """The `spec` of `draw` and `transform` from the flags; `changes` override single entries.
+    """The `aug` of `sample_params` and `apply_params` from the flags; `changes` override entries.
 
     size S; crop (lo, hi) share of the area, or None for the whole image; ratio (lo, hi) of its
     sides; jitter, strengths of brightness, contrast, saturation, hue; sigma (lo, hi) of the blur
@@ -999,12 +1070,12 @@ def augmentation(args, **changes):
     done by the workers after the crop, so only where images are read from files.
     """
     mean, std = MEAN_STD.get(args.dataset, IMAGENET)
-    spec = dict(
+    aug = dict(
         size=args.image_size, crop=tuple(args.crop), ratio=(3 / 4, 4 / 3), flip=0.5,
         jitter=tuple(args.jitter), jitter_p=args.jitter_p, gray=args.gray, blur=args.blur,
         sigma=(0.1, 2.0), solarize=args.solarize, erase=args.erase,
         mean=tuple(args.mean or mean), std=tuple(args.std or std), randaugment=args.randaugment)
-    return {**spec, **changes}
+    return {**aug, **changes}
 
 
 def _sides(u, area, scale, ratio):
@@ -1043,8 +1114,8 @@ def crop_boxes(u, height, width, crop, ratio=(3 / 4, 4 / 3)):
     return torch.where(fits.any(1, keepdim=True), boxes, central).long()
 
 
-def draw(spec, n, generator):
-    """Every random number of one view of n images (the global batch), as CPU tensors of n rows.
+def sample_params(aug, n, generator):
+    """Every random number of one view of n images (the whole batch), as CPU tensors of n rows.
 
     Image i has row i of one table of uniforms, so a rank slices its rows, and changing one
     probability moves no other draw. Returns crop (n, 22) uniforms for `crop_boxes`; flip, jitter,
@@ -1055,28 +1126,28 @@ def draw(spec, n, generator):
     Raises ValueError for a probability outside [0, 1] or a hue strength outside [0, 0.5].
     """
     for key in ("flip", "jitter_p", "gray", "blur", "solarize", "erase"):
-        if not 0 <= spec[key] <= 1:
-            raise ValueError(f"{key} = {spec[key]} is not a probability in [0, 1]")
-    if not 0 <= spec["jitter"][3] <= 0.5:
-        raise ValueError(f"hue strength {spec['jitter'][3]} is not in [0, 0.5]")
+        if not 0 <= aug[key] <= 1:
+            raise ValueError(f"{key} = {aug[key]} is not a probability in [0, 1]")
+    if not 0 <= aug["jitter"][3] <= 0.5:
+        raise ValueError(f"hue strength {aug['jitter'][3]} is not in [0, 0.5]")
     u = torch.rand(n, 59, generator=generator)
-    middle, strength = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(spec["jitter"])
+    middle, strength = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(aug["jitter"])
     low = torch.maximum(middle - strength, torch.tensor([0.0, 0.0, 0.0, -0.5]))
-    sigma = spec["sigma"][0] + (spec["sigma"][1] - spec["sigma"][0]) * u[:, 35]
-    place, size = u[:, 36:58].double(), spec["size"]
+    sigma = aug["sigma"][0] + (aug["sigma"][1] - aug["sigma"][0]) * u[:, 35]
+    place, size = u[:, 36:58].double(), aug["size"]
     h, w = _sides(place[:, :20], size * size, (0.02, 0.33), (0.3, 3.3))  # (n, 10)
     fits = (h < size) & (w < size)
-    erased = fits.any(1) & (u[:, 58] < spec["erase"])
+    erased = fits.any(1) & (u[:, 58] < aug["erase"])
     erase = _place(place[:, 20:], h, w, fits, size, size).long()
     return {
         "crop": u[:, :22].clone(),  # a copy, so that the table is not kept alive
-        "flip": u[:, 22] < spec["flip"],
+        "flip": u[:, 22] < aug["flip"],
         "factor": low + (middle + strength - low) * u[:, 23:27],
         "order": u[:, 27:31].argsort(1),
-        "jitter": u[:, 31] < spec["jitter_p"],
-        "gray": u[:, 32] < spec["gray"],
-        "solarize": u[:, 33] < spec["solarize"],
-        "sigma": sigma * (u[:, 34] < spec["blur"]),
+        "jitter": u[:, 31] < aug["jitter_p"],
+        "gray": u[:, 32] < aug["gray"],
+        "solarize": u[:, 33] < aug["solarize"],
+        "sigma": sigma * (u[:, 34] < aug["blur"]),
         "erase": erase * erased[:, None],
         "seed": torch.randint(2 ** 62, (n,), generator=generator),
     }
@@ -1191,9 +1262,9 @@ def _on_rows(op, flag, planes, *params):
         planes.index_copy_(1, rows, op(planes.index_select(1, rows), *params))
 
 
-def _transform(x, p, spec, cropped):
-    """`transform` of one chunk, its rows sorted by p["hue_at"]; returns (3, n, S, S)."""
-    size = spec["size"]
+def _transform(x, p, aug, cropped):
+    """`apply_params` of one chunk, its rows sorted by p["hue_at"]; returns (3, n, S, S)."""
+    size = aug["size"]
     planes = torch.empty(3, len(x), size, size, device=x.device)
     if cropped:
         torch.div(x.transpose(0, 1), 255, out=planes)
@@ -1207,26 +1278,26 @@ def _transform(x, p, spec, cropped):
     _jitter(planes.flatten(2), p["factor"], p["order"], p["hue_at"])
     _on_rows(lambda some: _luma(some).expand_as(some), p["gray"], planes)
     # The kernel reaches 3 sigma on each side, at most as far as reflect padding allows.
-    radius = min(math.ceil(3 * spec["sigma"][1]), size - 1)
+    radius = min(math.ceil(3 * aug["sigma"][1]), size - 1)
     _on_rows(lambda some, s: _blur(some, s, radius), p["sigma"] > 0, planes, p["sigma"])
     _on_rows(lambda some: torch.where(some >= 0.5, 1 - some, some), p["solarize"], planes)
-    for plane, mean, std in zip(planes, spec["mean"], spec["std"]):
+    for plane, mean, std in zip(planes, aug["mean"], aug["std"]):
         plane.sub_(mean).div_(std)
     _on_rows(_erase, p["erase"][:, 2] > 0, planes, p["erase"])
     return planes
 
 
-def transform(x, params, spec, cropped=False):
+def apply_params(x, params, aug, cropped=False):
     """One view of a rank's images, computed on the device of x.
 
-    x: (n, 3, H, W) uint8. params: n rows of what `draw(spec, ...)` gave, on the CPU.
+    x: (n, 3, H, W) uint8. params: n rows of what `sample_params(aug, ...)` gave, on the CPU.
     Order: crop and resize, flip, colour jitter, grayscale, blur, solarize, normalise, erase.
     cropped=True: x is (n, 3, S, S), cropped by a worker with `crop_boxes`, and not yet flipped.
     Returns (n, 3, S, S) float32. Equal to torchvision's functions on float images to 1e-5 before
     normalisation; the other images of the batch change an image by less than 1e-6.
     Raises ValueError for images or params of another shape.
     """
-    size = spec["size"]
+    size = aug["size"]
     if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
         raise ValueError(f"images must be (n, 3, H, W) uint8, got {tuple(x.shape)} {x.dtype}")
     n, _, height, width = x.shape
@@ -1238,8 +1309,8 @@ def transform(x, params, spec, cropped=False):
     hue_at, rank = hue_at.sort(stable=True)  # the order of rows that _jitter wants
     p = {key: value[rank] for key, value in params.items()} | {"hue_at": hue_at}
     p["box"] = torch.tensor([0, 0, height, width]).expand(n, 4)
-    if spec["crop"] is not None:
-        p["box"] = crop_boxes(p["crop"], height, width, spec["crop"], spec["ratio"])
+    if aug["crop"] is not None:
+        p["box"] = crop_boxes(p["crop"], height, width, aug["crop"], aug["ratio"])
     rank = rank.to(x.device, non_blocking=True)
     out = torch.empty(n, 3, size, size, device=x.device)
     # On a CPU a chunk stays in the cache; on a GPU one chunk means few kernels.
@@ -1251,7 +1322,7 @@ def transform(x, params, spec, cropped=False):
             for start in range(0, n, chunk):
                 rows = slice(start, start + chunk)
                 part = {key: value[rows] for key, value in p.items()}
-                planes = _transform(x[rank[rows]], part, spec, cropped)
+                planes = _transform(x[rank[rows]], part, aug, cropped)
                 out.index_copy_(0, rank[rows], planes.transpose(0, 1))
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -1259,11 +1330,11 @@ def transform(x, params, spec, cropped=False):
 
 
 def augment(batch):
-    """Augmented views of a batch of `Data.batches`, or of one of its `more`: (V, b, 3, S, S)
-    float32, normalised."""
+    """Augmented views of a batch of `Data.batches`, or of one of its `extra`: (V, b, 3, S, S)
+    float32, normalised, of this process's rows."""
     x = batch.images if batch.cropped else batch.images.repeat(batch.views, 1, 1, 1)
-    x = transform(x, batch.params, batch.spec, cropped=batch.cropped)  # (V * b, 3, S, S)
-    return x.contiguous(memory_format=batch.layout).unflatten(0, (batch.views, -1))
+    x = apply_params(x, batch.params, batch.aug, cropped=batch.cropped)  # (V * b, 3, S, S)
+    return x.contiguous(memory_format=batch.memory_format).unflatten(0, (batch.views, -1))
 
 
 # ---------------------------------------------------------------------------------- 4 backbones
@@ -1364,25 +1435,26 @@ def momentum_update(key, query, m):
 
 
 @torch.no_grad()
-def shuffled_keys(encoder, x, seed, step):
-    """Keys of the global batch, with shuffled BatchNorm (MoCo): on several ranks the key of an
-    image is not normalised with the rows that its query is.
+def shuffled_keys(encoder, x, args, step):
+    """Keys of the whole batch with shuffled BatchNorm (MoCo): where the batch is normalised in
+    several parts, by processes or by --micro-batch, a key is not in the part of its query.
 
-    Args: encoder, (n, ...) to (n, D); x (b, ...) this rank's rows; seed, step: of the shuffle.
-    Returns: (B, D) on every rank, in the order of the global batch. One process shuffles nothing.
+    Args: encoder, (n, ...) to (n, D); x (b, ...) this process's rows; step: of the shuffle.
+    Returns: (B, D) on every process, in the order of the batch. One part is not shuffled.
     """
-    if world() == 1:
+    b = len(x)
+    if world() == 1 and (args.micro_batch or b) >= b:
         return encoder(x)
-    x, b = gather(x), len(x)
-    order = torch.randperm(len(x), generator=generator(seed, step, "shuffle")).to(x.device)
-    keys = gather(encoder(x[order[rank() * b:(rank() + 1) * b]]))
-    return keys[order.argsort()]
+    order = torch.randperm(b * world(), generator=generator(args.seed, step, "shuffle"))
+    order = order.to(x.device)
+    x = gather(x.flatten(1))[order[rank() * b:(rank() + 1) * b]].unflatten(1, x.shape[1:])
+    return gather(encoder(x))[order.argsort()]
 
 
 class Queue(nn.Module):
     """The newest K keys as a ring: buffers keys (K, D), labels (K,) int64, ptr. In the checkpoint.
 
-    labels are -1 where a row still is its initial vector. Every rank enqueues the same rows.
+    labels are -1 where a row still is its initial vector. All processes enqueue the same rows.
     """
 
     def __init__(self, keys):
@@ -1393,7 +1465,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys, labels=None):
-        """Overwrite the oldest rows by keys (B, D) of all ranks; K need not be a multiple of B.
+        """Overwrite the oldest rows by keys (B, D) of the batch; K need not be a multiple of B.
 
         labels (B,) int64; without them the rows count as 0. Raises: ValueError if B > K.
         """
@@ -1505,7 +1577,7 @@ def set_lr(optimizer, lr):
     return lr
 
 
-def layout(args):
+def memory_format(args):
     """Memory format of images and convolutions, from --channels-last."""
     return torch.channels_last if args.channels_last else torch.contiguous_format
 
@@ -1547,7 +1619,7 @@ class Log:
         self.began = self.clock = time.time()
         sizes = {name: len(t) for name, t in (("train", data.train), ("test", data.test))}
         self.header = dict(
-            command=" ".join([args.method + ".py", *args.argv]), args=plain(args),
+            command=" ".join([args.method + ".py", *args.argv]), args=flags_dict(args),
             data=dict(sizes, notes=data.train.notes + data.test.notes), **environment(data.device))
 
     def state_dict(self):
@@ -1562,7 +1634,7 @@ class Log:
                            "another --out")
         if rank() == 0:
             lines = self.path.read_text().splitlines(keepends=True)[:self.lines]
-            replace(self.path, lambda file: file.write("".join(lines).encode()))
+            atomic_write(self.path, lambda file: file.write("".join(lines).encode()))
 
     def write(self, **values):
         """Append one line."""
@@ -1609,7 +1681,7 @@ class Log:
             return [json.loads(line) for line in file][1:]
 
 
-def plain(args):
+def flags_dict(args):
     """The flags as a dict of JSON values; what names this invocation only is left out."""
     skip = ("method", "argv")
     return json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in skip}))
@@ -1638,7 +1710,7 @@ def memory_mb():
                                                                  else 10)
 
 
-def replace(path, write):
+def atomic_write(path, write):
     """Write a file aside, then put it in place: never half a file under its name."""
     aside = path.with_name(path.name + ".tmp")
     try:
@@ -1657,15 +1729,15 @@ def replace(path, write):
                         ) from None
 
 
-def save(state, step, args):
+def save_checkpoint(state, step, args):
     """Atomic checkpoint after `step` steps: weights, optimizer, tables, log, flags (rank 0)."""
     if rank() == 0:
-        checkpoint = dict(format=1, method=args.method, step=step, args=plain(args),
+        checkpoint = dict(format=1, method=args.method, step=step, args=flags_dict(args),
                           state={name: part.state_dict() for name, part in state.items()})
-        replace(Path(args.out) / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        atomic_write(Path(args.out) / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
 
-def read_checkpoint(path):
+def load_checkpoint(path):
     """torch.load with weights_only=True; BadInput that names the file if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -1690,7 +1762,7 @@ def resume(state, args):
     path, log = Path(args.out) / "checkpoint.pt", state["log"]
     step = 0
     if path.exists():
-        checkpoint = read_checkpoint(path)
+        checkpoint = load_checkpoint(path)
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {
                 "format", "method", "step", "args", "state"}:
             raise BadInput(f"{path} is not a checkpoint of this project; use another --out")
@@ -1717,37 +1789,37 @@ def resume(state, args):
     if not path.exists():
         log.lines = 1  # the header comes with the file: there is never a log without it
         if rank() == 0:
-            replace(log.path, lambda file: file.write(f"{json.dumps(log.header)}\n".encode()))
+            atomic_write(log.path, lambda file: file.write(f"{json.dumps(log.header)}\n".encode()))
     return step
 
 
-def begin(state, args, data, spec, measure):
+def start_run(state, args, data, aug, evaluate):
     """Before the first step of a new run: step 0 of the log, views.png, a checkpoint.
 
-    measure: function without arguments that evaluates the network; its dict goes into the log.
+    evaluate: function without arguments that evaluates the network; its dict goes into the log.
     """
     with state["log"].pause():
-        state["log"].write(step=0, **measure())
-        views_picture(data, spec, f"{args.out}/views.png")
-        save(state, 0, args)
+        state["log"].write(step=0, **evaluate())
+        views_picture(data, aug, f"{args.out}/views.png")
+        save_checkpoint(state, 0, args)
 
 
-def end_step(step, state, args, data, measure):
-    """After a step (from 0): every --knn-every epochs `measure`, as in `begin`, and every
+def end_step(step, state, args, data, evaluate):
+    """After a step (from 0): every --knn-every epochs `evaluate`, as in `start_run`, and every
     --save-every epochs, or when the ranks agreed to stop, a checkpoint. Returns: whether to stop.
     """
     if data.end_of_epoch(step, every=args.knn_every):
         with state["log"].pause():
-            state["log"].write(step=step + 1, **measure())
-    if stopping() or data.end_of_epoch(step, every=args.save_every):
-        save(state, step + 1, args)
-    return stopping()
+            state["log"].write(step=step + 1, **evaluate())
+    if should_stop() or data.end_of_epoch(step, every=args.save_every):
+        save_checkpoint(state, step + 1, args)
+    return should_stop()
 
 
 def changed_flags(old, args, free):
     """Texts "--name old -> new" of the flags that differ from the dict `old`, but for `free`."""
-    new = plain(args)
-    return [f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in sorted({**old, **new})
+    new = flags_dict(args)
+    return [f"{flag_name(k)} {old.get(k)} -> {new.get(k)}" for k in sorted({**old, **new})
             if k not in free and old.get(k) != new.get(k)]
 
 
@@ -1784,9 +1856,9 @@ def summary(log, args, title, first_step, more=(), panels=()):
         lines += [f"  next         {next_command}"]
     if first_step == log.total:
         lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
-    if stopping():
+    if should_stop():
         lines = [f"stopped by SIGTERM and saved to {folder}; the same command goes on"]
-    say("\n".join(lines))
+    print_rank0("\n".join(lines))
 
 
 def source(args):
@@ -1831,27 +1903,27 @@ def curves(log, args, more=()):
     figure.suptitle(f"{args.method}, {source(args)}", fontsize=10)
     figure.tight_layout()
     path = Path(args.out) / "curves.png"
-    replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    atomic_write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)
     return path
 
 
-def views_picture(data, spec, path, rows=8, views=7):
+def views_picture(data, aug, path, rows=8, views=7):
     """A sheet: one row an image, the image itself and then its augmented views."""
     from torchvision.utils import make_grid
 
     if rank() > 0:
         return
-    first = next(data.batches(0, 1, spec, views))
-    some = slice(0, min(rows, len(first.rows)))
-    x = augment(first)[:, some].cpu()  # (V, rows, 3, S, S)
-    still = next(data.still_batches(data.train, first.rows[some].cpu(), spec["size"], False)).cpu()
-    mean, std = (torch.tensor(spec[k]).view(3, 1, 1) for k in ("mean", "std"))
-    sheet = torch.cat([still[None] / 255, x * std + mean]).transpose(0, 1)  # (rows, 1 + V, ...)
+    first = next(data.batches(0, 1, aug, views))
+    x = augment(first)[:, :rows].cpu()  # (V, rows, 3, S, S)
+    some = slice(0, x.shape[1])
+    plain = next(data.eval_batches(data.train, first.rows[some].cpu(), aug["size"], False)).cpu()
+    mean, std = (torch.tensor(aug[k]).view(3, 1, 1) for k in ("mean", "std"))
+    sheet = torch.cat([plain[None] / 255, x * std + mean]).transpose(0, 1)  # (rows, 1 + V, ...)
     grid = make_grid(sheet.flatten(0, 1), nrow=1 + views, padding=2, pad_value=1)
-    grid = F.interpolate(grid[None], scale_factor=max(1, 64 // spec["size"]))[0].clamp(0, 1)
+    grid = F.interpolate(grid[None], scale_factor=max(1, 64 // aug["size"]))[0].clamp(0, 1)
     image = Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy())
-    replace(Path(path), lambda file: image.save(file, "PNG"))
+    atomic_write(Path(path), lambda file: image.save(file, "PNG"))
 
 
 FRAMES = {None: (90, 90, 90), True: (40, 160, 60), False: (205, 50, 45)}  # gray, green, red
@@ -1884,18 +1956,18 @@ def image_rows(path, title, rows, left=8, side=96):
             while pen.textlength(name) > edge:
                 name = name[:-3] + ".."
             pen.text((x, y + edge + 2), name, "black")
-    replace(Path(path), lambda file: sheet.save(file, "PNG"))
+    atomic_write(Path(path), lambda file: sheet.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------- 7 evaluation
 
 
 @torch.no_grad()
-def features(module, data, table, squash=False, pick=None, unit=False):
+def extract_features(module, data, table, resize=False, select=None, normalize=False):
     """Output of a network for every image of a table, in evaluation mode, computed by all ranks.
 
-    Args: module, images (n, 3, S, S) to (n, D), or to what `pick` takes (n, D) from; table of
-    `data`; squash, see `Data.still_batches`; unit: L2-normalise the rows.
+    Args: module, images (n, 3, S, S) to (n, D), or to what `select` takes (n, D) from; table of
+    `data`; resize, see `Data.eval_batches`; normalize: L2-normalise the rows.
     Returns: (N, D) on every rank, float32 on the device. More than 2^30 numbers (ImageNet in
     2048-d has 2.6e9) are kept on the CPU in float16.
     """
@@ -1908,10 +1980,10 @@ def features(module, data, table, squash=False, pick=None, unit=False):
     was_training = module.training
     module.eval()
     parts, large = [], False
-    for x in data.still_batches(table, own, args.image_size, squash):
+    for x in data.eval_batches(table, own, args.image_size, resize):
         y = module((x - mean) / std)
-        y = (y if pick is None else pick(y)).float()
-        y = F.normalize(y, dim=1) if unit else y
+        y = (y if select is None else select(y)).float()
+        y = F.normalize(y, dim=1) if normalize else y
         large = N * y.shape[1] > 2 ** 30
         parts.append(y.half().cpu() if large else y)
     module.train(was_training)
@@ -1976,20 +2048,21 @@ def knn_top1(query, y_query, bank, y_bank, args):
     """
     own, classes = slice(rank(), None, world()), int(max(y_bank.max(), y_query.max())) + 1
     scores = knn_scores(query[own], bank, y_bank, classes, args.knn_k, args.knn_t)
-    return 100 * total((scores.argmax(1) == y_query[own]).sum()).item() / len(query)
+    return 100 * all_reduce_sum((scores.argmax(1) == y_query[own]).sum()).item() / len(query)
 
 
-def knn_accuracy(module, data, pick=None):
+def knn_accuracy(module, data, select=None):
     """Top-1 of the weighted kNN of the test rows in the training rows, percent.
 
-    pick: see `features`. Features are L2-normalised; unlabelled rows (-1) are in neither set.
-    None with one class only.
+    select: see `extract_features`. Features are L2-normalised; unlabelled rows (-1) are in neither
+    set. None with one class only.
     """
     args = data.args
     y_bank, y_query = (t.column(args.label).to(data.device) for t in (data.train, data.test))
     if y_bank[y_bank >= 0].unique().numel() < 2 or not (y_query >= 0).any():
         return None
-    bank, query = (features(module, data, t, pick=pick, unit=True) for t in (data.train, data.test))
+    bank, query = (extract_features(module, data, t, select=select, normalize=True)
+                   for t in (data.train, data.test))
     if (known := y_bank >= 0).logical_not().any():  # no copy of a large bank where all are known
         bank, y_bank = bank[known.to(bank.device)], y_bank[known]
     known = y_query >= 0
@@ -2027,7 +2100,7 @@ def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20
         has = R[part] > 0
         sums[-2] += (precision.double().sum(1)[has] / R[part][has]).sum()
         sums[-1] += has.sum()
-    *hits, average, counted = total(sums).tolist()
+    *hits, average, counted = all_reduce_sum(sums).tolist()
     result = {f"R@{k}": 100 * n / len(query) for k, n in zip(ks, hits, strict=True)}
     return {**result, "mAP@R": 100 * average / max(1, counted)}
 
@@ -2042,7 +2115,7 @@ def accuracy(logits, target, topk=(1,)):
 # ---------------------------------------------------------------------------------- flags
 
 
-def require(args, above=(), least=(), share=()):
+def check_ranges(args, above=(), least=(), share=()):
     """BadInput unless the named flags are finite and above 0, at least 0, in [0, 1]; None is not
     looked at."""
     for names, good, text in ((above, lambda x: 0 < x < math.inf, "above 0"),
@@ -2051,27 +2124,28 @@ def require(args, above=(), least=(), share=()):
         for name in names:
             value = getattr(args, name)
             if value is not None and not good(value):  # not: nan is not good either
-                raise BadInput(f"{flag(name)} must be {text}, got {value}")
+                raise BadInput(f"{flag_name(name)} must be {text}, got {value}")
 
 
-def require_views(args, crop="crop", jitter="jitter"):
+def check_views(args, crop="crop", jitter="jitter"):
     """BadInput unless these flags are two shares of the area and four strengths of jitter."""
     (low, high), strength = getattr(args, crop), getattr(args, jitter)
     if not 0 < low <= high <= 1:
-        raise BadInput(f"{flag(crop)} {low} {high}: two shares of the area, 0 < low <= high <= 1")
+        raise BadInput(f"{flag_name(crop)} {low} {high}: two shares of the area, "
+                       "0 < low <= high <= 1")
     if not (min(strength) >= 0 and strength[3] <= 0.5):
-        raise BadInput(f"{flag(jitter)} {strength}: none below 0, the hue at most 0.5")
+        raise BadInput(f"{flag_name(jitter)} {strength}: none below 0, the hue at most 0.5")
 
 
-def unused(args, names, why):
+def reject_unused(args, names, why):
     """BadInput if one of these flags is written on the command line, where it would do nothing."""
     written = {word.split("=")[0] for word in args.argv}
     for name in names:
-        if flag(name) in written:
-            raise BadInput(f"{flag(name)} is not used {why}")
+        if flag_name(name) in written:
+            raise BadInput(f"{flag_name(name)} is not used {why}")
 
 
-def flag(name):
+def flag_name(name):
     """--batch-size for batch_size."""
     return f"--{name.replace('_', '-')}"
 
@@ -2127,6 +2201,8 @@ class Parser(argparse.ArgumentParser):
         add("--stem", default="imagenet", choices=["cifar", "imagenet"])
         add("--epochs", type=int, default=20)
         add("--batch-size", type=int, default=256, help="B, over all processes")
+        add("--micro-batch", type=int, metavar="N", help="at most N images of a view at a time "
+            "through the network: less memory, the same gradient (default: all)")
         add("--optimizer", default="sgd", choices=["sgd", "lars", "adamw"])
         add("--lr", type=float, default=0.5)
         add("--momentum", type=float, default=0.9)
@@ -2153,26 +2229,29 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         args.method, args.argv = self.method, argv
         args.out = args.out or f"runs/{args.method}-{args.recipe}-seed{args.seed}"
-        require(args, above=["epochs", "batch_size", "image_size", "log_every", "knn_every",
-                             "save_every", "knn_k", "knn_t"],
-                least=["seed", "threads", "workers", "lr", "weight_decay"],
-                share=["momentum", "jitter_p", "gray", "blur", "solarize", "erase"])
+        check_ranges(args, above=["epochs", "batch_size", "micro_batch", "image_size", "log_every",
+                                  "knn_every", "save_every", "knn_k", "knn_t"],
+                     least=["seed", "threads", "workers", "lr", "weight_decay"],
+                     share=["momentum", "jitter_p", "gray", "blur", "solarize", "erase"])
         if args.seed >= 2 ** 63 or args.momentum == 1:
             raise BadInput("--seed must be below 2^63, and --momentum below 1")
-        require_views(args)
+        check_views(args)
         if args.randaugment and not (args.randaugment[0] >= 0 and 0 <= args.randaugment[1] <= 10):
             raise BadInput(f"--randaugment {args.randaugment}: N at least 0, M in 0 to 10")
         if not all(0 <= value <= 1 for value in args.mean or []) or not all(
                 0 < value <= 1 for value in args.std or []):
             raise BadInput(f"--mean {args.mean} --std {args.std}: of images in [0, 1], std above 0")
+        if args.micro_batch and args.sync_bn:
+            raise BadInput("--micro-batch does not go with --sync-bn, which normalises the whole "
+                           "batch at once: add --no-sync-bn")
         if args.optimizer == "sgd" and args.nesterov and args.momentum == 0:
             raise BadInput("--nesterov needs --momentum above 0")
         if args.optimizer != "sgd":
-            unused(args, ["nesterov"], f"by --optimizer {args.optimizer}")
+            reject_unused(args, ["nesterov"], f"by --optimizer {args.optimizer}")
         if args.optimizer == "adamw":
-            unused(args, ["momentum"], "by --optimizer adamw")
+            reject_unused(args, ["momentum"], "by --optimizer adamw")
         if self.trains and args.dataset.startswith("shapes") and not vars(args).get("evaluate"):
-            unused(args, ["data_dir", "train_file", "test_file", "image_root", "classes",
+            reject_unused(args, ["data_dir", "train_file", "test_file", "image_root", "classes",
                           "download"], f"by --dataset {args.dataset}, which is built in: name "
                    "another --dataset")
         if self.trains and Path(args.out).is_file():

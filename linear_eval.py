@@ -1,30 +1,31 @@
 """Evaluate the backbone of a checkpoint: kNN, retrieval, linear probes, fine-tuning on few labels.
 
 --checkpoint takes a file of any method of this project, a torchvision ResNet state dict, a
-MoCo-style file (`module.encoder_q.*`) or an authors' file (`encoder.*`, `backbone_q.*`, `net.*`):
-the prefix under which most weights fit is used. Heads are left out; what is loaded and what is not
-is printed, weights that do not fit are an error. A checkpoint of this project brings its data set,
-label column, image size, --limit-train and seed along: a flag overrides the recipe, the recipe the
-checkpoint.
+MoCo-style file (`module.encoder_q.*`) or an authors' file (`encoder.*`, `backbone_q.*`, `net.*`).
+It uses the prefix under which most weights fit, leaves heads out, prints which weights were loaded
+and which were not, and fails if any do not fit. A checkpoint of this project sets the data set,
+label column, image size, --limit-train and seed. A recipe overrides the checkpoint, and a flag
+overrides both.
 
     fast      features extracted once: weighted kNN; R@1/5/10/20 and mAP@R of the test images in the
-              training images; a linear probe, softmax regression by SGD on standardised features
-              for a grid of learning rates and weight decays, chosen on 20 % of every class of the
-              TRAINING images, then fitted to all of them and tested once
+              training images; a linear probe, softmax regression by SGD on standardized features.
+              20 % of every class of the TRAINING images choose its learning rate and weight decay
+              from a grid; then it is fitted to all of them and tested once
     linear    recipes clinfonce, clinfonce-dual, cifar, moco, infomin, wcl: a linear layer by SGD on
-              augmented images; backbone frozen, in evaluation mode, features not normalised
+              augmented images; backbone frozen, in evaluation mode, features not normalized
     finetune  recipes semi-1, semi-10: the whole network on a class-balanced --fraction of the
               training images, or on the images that --subset names
 
-The result of `linear` and `finetune` is the LAST epoch; the best epoch on the test set, which some
-papers quote, stands beside it under that name. A JSON file beside the checkpoint (--out) holds all.
-Nothing is resumed: an evaluation is short next to a training. With several processes --batch-size
-is the global batch and all ranks compute features; the fast probe runs alike on every rank.
+The result of `linear` and `finetune` is the LAST epoch. The best epoch on the test set, which some
+papers quote, is given as `best_on_test`. A JSON file beside the checkpoint (--out) holds all.
+An evaluation does not resume, as it is short. With several processes --batch-size is the global
+batch and all of them compute features; every process fits the same fast probe.
 
     python linear_eval.py --checkpoint runs/clinfonce-demo-seed0/checkpoint.pt --picture
     python linear_eval.py --checkpoint none --dataset cifar100         # baseline: untrained network
     python linear_eval.py --checkpoint FILE --recipe cifar --picture   # one GPU
     python linear_eval.py --checkpoint FILE --fraction 0.1             # recipe semi-10
+    python linear_eval.py --checkpoint FILE --fraction 0.1 --micro-batch 64    # one small GPU
     torchrun --nproc_per_node=4 linear_eval.py --checkpoint FILE --recipe moco --dataset folder \\
         --data-dir DIR --image-size 224
 Shapes: N training images, D width of the backbone, C classes, G points of the grid, b rows.
@@ -47,8 +48,8 @@ import common
 # ---------------------------------------------------------------------------------- recipes
 
 # Sources: the authors' evaluation scripts, except `fast`. They keep the incomplete last batch of an
-# epoch, here it is dropped as in training: 312 steps an epoch on ImageNet at batch 4096, not 313.
-# `milestones`: the rate drops AFTER that many epochs.
+# epoch, which is dropped here as in training: 312 steps an epoch on ImageNet at batch 4096, not
+# 313. `milestones`: the rate drops AFTER that many epochs.
 LINEAR = dict(mode="linear", momentum=0.9, weight_decay=0.0, schedule="steps",
               crop=[0.08, 1.0], jitter_p=0.0, gray=0.0, blur=0.0)  # crop and flip
 COSINE = dict(  # lr = 0.2 B / 256; at batch 4096 the rate is 1.6 (1 + cos(pi t / T))
@@ -81,30 +82,30 @@ RECIPES = {
 # ---------------------------------------------------------------------------------- checkpoint
 
 
-def read(path):
-    """The checkpoint as a dict, {} for `none`; BadInput that names the file otherwise."""
-    # authors' files hold their flags as a Namespace: a bag of values, loading one runs no code
+def read_checkpoint(path):
+    """The checkpoint as a dict, {} for `none`; BadInput if the file holds anything else."""
+    # the authors' files hold their flags as a Namespace: plain values, loading one runs no code
     torch.serialization.add_safe_globals([argparse.Namespace])
-    checkpoint = {} if path == "none" else common.read_checkpoint(path)
+    checkpoint = {} if path == "none" else common.load_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise common.BadInput(f"checkpoint {path} holds a {type(checkpoint).__name__}, no weights")
     return checkpoint
 
 
-def unwrap(checkpoint):
+def weights_of(checkpoint):
     """Name -> tensor, without the dicts around it."""
     for key in ("state", "state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
-            return unwrap(checkpoint[key])
+            return weights_of(checkpoint[key])
     # ResNets derived from SupContrast call the branch of a block `shortcut`
     return {k.replace(".shortcut.", ".downsample."): v for k, v in checkpoint.items()
             if isinstance(v, torch.Tensor)}
 
 
 def load_backbone(path, checkpoint, arch=None, stem=None):
-    """Backbone with the weights of a checkpoint, under whatever prefix they stand.
+    """Backbone with the weights of a checkpoint, whatever prefix their names have.
 
-    Args: path, for messages; checkpoint, from `read`; arch, stem: None = recognised by the weights.
+    Args: path, for messages; checkpoint, from `read_checkpoint`; arch, stem: None = by the weights.
     Returns: the module; dict of arch, stem, prefix, loaded (number of tensors), left_out (first
     name -> number), missing (BatchNorm's counters of steps, which nothing reads).
     Errors: BadInput with the file and names if weights are missing, left over or of other shapes.
@@ -112,7 +113,7 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
     if checkpoint.get("method") == "sogclr_clip":
         raise common.BadInput(f"{path} is of sogclr_clip.py, which evaluates it itself: "
                               f"python sogclr_clip.py --evaluate {path}")
-    weights, candidates = unwrap(checkpoint), []
+    weights, candidates = weights_of(checkpoint), []
     prefixes = dict.fromkeys(k[:-12] for k in weights  # up to the first convolution
                              if k.endswith("conv1.weight") and "layer" not in k)
     for a in [arch] if arch else common.ARCHS:
@@ -122,7 +123,7 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
             for p in prefixes:
                 fits = [k for k in shapes if p + k in weights and weights[p + k].shape == shapes[k]]
                 copy = any(w in p for w in ("_k.", "ema", "momentum", "target", "teacher"))
-                score = (len(fits), -len(shapes), not copy)  # of two equal, not the slow encoder
+                score = (len(fits), -len(shapes), not copy)  # ties: not the slow one
                 candidates.append((score, p, a, s, shapes, fits))
     if not any(fits for *_, fits in candidates):
         raise common.BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
@@ -150,16 +151,16 @@ def load_backbone(path, checkpoint, arch=None, stem=None):
 # ---------------------------------------------------------------------------------- rows
 
 
-def load(args, device):
-    """The images that take part, with labels 0..C-1 (numbered by the training set).
+def load_labelled(args, device):
+    """The images to evaluate on, with labels 0..C-1 (numbered by the training set).
 
-    Left out: images without label, and classes with fewer than --min-per-class training images.
-    Then --subset or --fraction of the training images.
+    It leaves out images without label and classes with fewer than --min-per-class training images,
+    then takes --subset or --fraction of the training images.
     Returns: common.Data; the C class names; notes for the log.
     """
-    # batch 1: whether the batch fits can be asked when the rows are chosen, and of no fast probe
-    small = argparse.Namespace(**{**vars(args), "batch_size": 1})
-    whole = common.load(small, device)
+    # batch 1: common.Data checks that the batch fits, which is known once the rows are chosen
+    any_size = argparse.Namespace(**{**vars(args), "batch_size": 1})
+    whole = common.load(any_size, device)
     labels = whole.train.column(args.label)
     ids, counts = labels[labels >= 0].unique(return_counts=True)
     ids = ids[counts >= args.min_per_class]
@@ -187,7 +188,7 @@ def load(args, device):
                                   f"images leave some of the {len(ids)} classes without one")
         train = train.select(common.balanced_rows(train.columns[args.label], n, args.seed))
     names = whole.train.classes.get(args.label) or range(int(ids.max()) + 1)
-    data = common.Data(train, test, small if args.mode == "fast" else args, device)
+    data = common.Data(train, test, any_size if args.mode == "fast" else args, device)
     return data, [str(names[i]) for i in ids.tolist()], notes
 
 
@@ -214,30 +215,30 @@ def subset_rows(table, args):
 # ---------------------------------------------------------------------------------- fast probe
 
 
-def standardise(x):
-    """Function (x, rows, device) -> (b, D + 1) float32: those rows, and a 1 for the bias.
+def standardizer(x):
+    """Function (x, rows, device) -> (b, D + 1) float32: standardized rows, and a 1 for the bias.
 
-    Over x (N, D) a row has mean 0 and mean square norm 1, so that rates do not depend on D. Done
-    by the batch, since ImageNet's features do not fit on a GPU.
+    Over x (N, D) a row has mean 0 and mean square norm 1, so that learning rates do not depend on
+    D. It takes a batch at a time, as ImageNet's features do not fit on a GPU.
     """
     sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
-    for part in x.split(2 ** 16):
-        sums += torch.stack([part.double().sum(0), part.double().square().sum(0)])
+    for block in x.split(2 ** 16):
+        sums += torch.stack([block.double().sum(0), block.double().square().sum(0)])
     mean, square = sums / len(x)
     std = (square - mean ** 2).clamp(min=0).sqrt()
-    std = torch.maximum(std, 1e-4 * square.sqrt() + 1e-12) * x.shape[1] ** 0.5  # some never move
+    std = torch.maximum(std, 1e-4 * square.sqrt() + 1e-12) * x.shape[1] ** 0.5  # some are constant
     mean, std = mean.float(), std.float()
 
-    def batch(x, rows, device):
+    def standardize(x, rows, device):
         return F.pad(((x[rows.to(x.device)].float() - mean) / std).to(device), (0, 1), value=1.0)
-    return batch
+    return standardize
 
 
-def fit(x, y, rows, batch, classes, grid, args):
-    """Softmax regression by SGD with momentum, cosine to 0, for a whole grid side by side.
+def fit_softmax_regression(x, y, rows, standardize, classes, grid, args):
+    """SGD with momentum and a cosine schedule to 0, for a whole grid side by side.
 
-    Args: x (N, D); y (N,) int64, on the device that computes; rows (n,) int64, those to fit; batch,
-    from `standardise`; grid, G pairs (learning rate, weight decay; the bias is not decayed).
+    Args: x (N, D); y (N,) int64, on the device that computes; rows (n,) int64, those to fit; grid,
+    G pairs (learning rate, weight decay; the bias is not decayed).
     Returns: W (D + 1, G, C) float32. It starts from 0: only the order of the rows is random.
     """
     lr, decay = torch.tensor(grid, device=y.device).T[:, :, None]  # (G, 1) each
@@ -245,11 +246,11 @@ def fit(x, y, rows, batch, classes, grid, args):
     velocity, step, steps = torch.zeros_like(W), 0, args.epochs * -(-len(rows) // args.batch_size)
     for epoch in common.progress(range(args.epochs), desc=f"fast probe, grid of {len(grid)}"):
         order = torch.randperm(len(rows), generator=common.generator(args.seed, epoch, "probe"))
-        for part in rows[order].split(args.batch_size):
-            xb = batch(x, part, y.device)  # (b, D + 1)
+        for batch in rows[order].split(args.batch_size):
+            xb = standardize(x, batch, y.device)  # (b, D + 1)
             p = (xb @ W.flatten(1)).unflatten(1, W.shape[1:]).softmax(2)  # (b, G, C)
-            p -= F.one_hot(y[part.to(y.device)], classes)[:, None]  # gradient of the cross-entropy
-            gradient = (xb.T @ p.flatten(1) / len(part)).unflatten(1, W.shape[1:])
+            p -= F.one_hot(y[batch.to(y.device)], classes)[:, None]  # gradient of cross-entropy
+            gradient = (xb.T @ p.flatten(1) / len(batch)).unflatten(1, W.shape[1:])
             gradient[:-1] += decay * W[:-1]
             velocity.mul_(args.momentum).add_(gradient)
             W -= common.warmup_cosine(step, steps, 1.0) * lr * velocity
@@ -257,60 +258,63 @@ def fit(x, y, rows, batch, classes, grid, args):
     return W
 
 
-def choose(x, y, batch, classes, args):
-    """Point of the grid with the best accuracy on held-out training rows; it is given no test row.
+def choose_hyperparameters(x, y, standardize, classes, args):
+    """The point of the grid with the best accuracy on held-out training rows, never on test rows.
 
     Held out: 20 % of each class, at least one row, but never the only one; drawn by the seed.
-    Returns: dict of lr, weight_decay, validation_top1 (of equal points the first), and the grid.
+    Returns: dict of lr, weight_decay, validation_top1 (ties: the first point), and the grid.
     """
     order = torch.randperm(len(y), generator=common.generator(args.seed, 0, "held out"))
     of_class = [order[y.cpu()[order] == c] for c in range(classes)]
-    held = [r[:max(1, len(r) // 5)] for r in of_class if len(r) > 1]
-    if not held:
+    held_out = [r[:max(1, len(r) // 5)] for r in of_class if len(r) > 1]
+    if not held_out:
         raise common.BadInput("the fast probe needs a class with two training images to choose by")
-    held = torch.cat(held)
-    rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, held, False).nonzero().flatten()
+    held_out = torch.cat(held_out)
+    rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, held_out, False).nonzero().flatten()
     grid = [(lr, decay) for lr in args.lrs for decay in args.weight_decays]
-    W = fit(x, y, rest, batch, classes, grid, args)
-    right = torch.zeros(len(grid), device=y.device)
-    for part in held.split(2 ** 11):
-        logits = (batch(x, part, y.device) @ W.flatten(1)).unflatten(1, W.shape[1:])  # (b, G, C)
-        right += (logits.argmax(2) == y[part.to(y.device), None]).sum(0)
-    top1 = (100 * right.double() / len(held)).tolist()
-    found = [dict(lr=lr, weight_decay=decay, validation_top1=value)
-             for (lr, decay), value in zip(grid, top1, strict=True)]
-    return dict(max(found, key=lambda f: f["validation_top1"]), held_out=len(held), grid=found)
+    W = fit_softmax_regression(x, y, rest, standardize, classes, grid, args)
+    correct = torch.zeros(len(grid), device=y.device)
+    for rows in held_out.split(2 ** 11):
+        logits = (standardize(x, rows, y.device) @ W.flatten(1)).unflatten(1, W.shape[1:])
+        correct += (logits.argmax(2) == y[rows.to(y.device), None]).sum(0)  # of (b, G)
+    top1 = (100 * correct.double() / len(held_out)).tolist()
+    points = [dict(lr=lr, weight_decay=decay, validation_top1=value)
+              for (lr, decay), value in zip(grid, top1, strict=True)]
+    return dict(max(points, key=lambda p: p["validation_top1"]), held_out=len(held_out),
+                grid=points)
 
 
-def known(x, ids):
+def labelled_rows(x, ids):
     """Rows of x with an id, and the ids; no copy of a large x where all have one."""
     keep = ids >= 0
     return (x, ids) if keep.all() else (x[keep.to(x.device)], ids[keep])
 
 
-def fast(args, data, h, classes, device):
+def evaluate_features(args, data, h, classes, device):
     """kNN, fast probe and retrieval from the features h of (train, test). Returns: results."""
     y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
     bank, query = (F.normalize(x, dim=1) for x in h)
     retrieval = {}
     for name in dict.fromkeys([args.label, *args.retrieval_labels]):
-        ids, wanted = (t.column(name).to(device) for t in (data.train, data.test))
-        retrieval[name] = common.retrieval(*known(query, wanted), *known(bank, ids))
-    batch = standardise(h[0])
-    choice = choose(h[0], y, batch, classes, args)
-    W = fit(h[0], y, torch.arange(len(y)), batch, classes,
-            [(choice["lr"], choice["weight_decay"])], args)[:, 0]
-    logits = torch.cat([batch(h[1], part, device) @ W
-                        for part in torch.arange(len(y_test)).split(2 ** 13)])
+        ids, query_ids = (t.column(name).to(device) for t in (data.train, data.test))
+        retrieval[name] = common.retrieval(*labelled_rows(query, query_ids),
+                                           *labelled_rows(bank, ids))
+    standardize = standardizer(h[0])
+    choice = choose_hyperparameters(h[0], y, standardize, classes, args)
+    point = choice["lr"], choice["weight_decay"]
+    W = fit_softmax_regression(h[0], y, torch.arange(len(y)), standardize, classes, [point], args)
+    logits = torch.cat([standardize(h[1], rows, device) @ W[:, 0]
+                        for rows in torch.arange(len(y_test)).split(2 ** 13)])
     knn = common.knn_top1(query, y_test, bank, y, args)
-    return dict(knn=dict(top1=knn), probe=top(logits, y_test), choice=choice, retrieval=retrieval)
+    return dict(knn=dict(top1=knn), probe=top_k_accuracy(logits, y_test), choice=choice,
+                retrieval=retrieval)
 
 
 # ---------------------------------------------------------------------------------- SGD probe
 
 
-def rate(step, steps_per_epoch, lr, args):
-    """Learning rate of a step (from 0), of a group that starts with lr."""
+def learning_rate(step, steps_per_epoch, lr, args):
+    """Rate of a step (from 0) for a group that starts with lr, from --schedule."""
     epoch = step // steps_per_epoch + 1
     if args.schedule == "cosine-epoch":
         return common.cosine_by_epoch(epoch, args.epochs, lr, lr * 1e-3)
@@ -319,48 +323,48 @@ def rate(step, steps_per_epoch, lr, args):
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, lr)
 
 
-def probe(args, data, backbone, classes, device):
+def train_probe(args, data, backbone, classes, device):
     """Train the linear layer, or the whole network. Returns: results of last, best, all epochs."""
     torch.manual_seed(args.seed)
     fc, frozen = nn.Linear(backbone.width, classes), args.mode == "linear"
     if args.init_std:
         nn.init.normal_(fc.weight, std=args.init_std)
         nn.init.zeros_(fc.bias)
-    groups = [dict(params=list(fc.parameters()), start=args.lr)]
-    if not frozen:
-        groups.append(dict(params=list(backbone.parameters()), start=args.lr_backbone))
+    groups = [dict(params=list(fc.parameters()), start=args.lr),
+              dict(params=list(backbone.parameters()), start=args.lr_backbone)]
     model = nn.Sequential(backbone.requires_grad_(not frozen).train(not frozen), fc.to(device))
-    network = common.ddp(model, args)
+    network = common.distribute(model, args)
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov,
                                 weight_decay=args.weight_decay)
     scaler, steps = common.scaler(args, device), args.epochs * data.steps_per_epoch
     y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
-    fixed = common.features(backbone, data, data.test).to(device) if frozen else None
+    h_test = common.extract_features(backbone, data, data.test).to(device) if frozen else None
     epochs, losses = [], []
     batches = data.batches(0, steps, common.augmentation(args), views=1)
     for batch in (bar := common.progress(batches, total=steps, desc=args.recipe)):
-        x = common.augment(batch).flatten(0, 1)  # (b, 3, S, S)
+        x = common.augment(batch)[0]                            # (b, 3, S, S), this process
         with common.autocast(args, device):
-            z = network(x)
-        loss = F.cross_entropy(z.float(), y[batch.rows])
+            logits = network(x)                                 # (b, C)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, y[batch.rows[batch.own]])  # DDP takes the mean
         for group in reversed(optimizer.param_groups):  # the layer's last: the log shows it
-            group["lr"] = rate(batch.step, data.steps_per_epoch, group["start"], args)
+            group["lr"] = lr = learning_rate(batch.step, data.steps_per_epoch, group["start"], args)
         optimizer.zero_grad(set_to_none=True)
-        losses.append(common.finite(loss, batch.step))  # mean over the ranks
         scaler.scale(loss).backward()
+        losses.append(common.check_loss(loss, batch.step)["loss"])
         scaler.step(optimizer)
         scaler.update()
         if data.end_of_epoch(batch.step):
             with torch.no_grad():
-                z = fc(fixed) if frozen else common.features(model, data, data.test)
-            epochs.append(dict(top(z, y_test), epoch=len(epochs) + 1, lr=group["lr"],
+                logits = fc(h_test) if frozen else common.extract_features(model, data, data.test)
+            epochs.append(dict(top_k_accuracy(logits, y_test), epoch=len(epochs) + 1, lr=lr,
                                loss=sum(losses) / len(losses)))
             bar.set_postfix({k: f"{v:.4g}" for k, v in epochs[-1].items()}, refresh=False)
             losses = []
     return dict(last=epochs[-1], best_on_test=max(epochs, key=lambda e: e["top1"]), epochs=epochs)
 
 
-def top(logits, y):
+def top_k_accuracy(logits, y):
     """Dict of top1 and, with more than five classes, top5, in percent."""
     return {f"top{k}": common.accuracy(logits, y, (k,))[0] for k in (1, 5)
             if k == 1 or logits.shape[1] > k}
@@ -369,8 +373,8 @@ def top(logits, y):
 # ---------------------------------------------------------------------------------- results
 
 
-def results_file(args):
-    """Where the results go; BadInput if it cannot be written or is not from an equal run."""
+def results_path(args):
+    """Path of the results; BadInput if it cannot be written or holds those of another run."""
     folder = Path(args.checkpoint).parent
     if args.checkpoint == "none":
         folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
@@ -393,59 +397,60 @@ def results_file(args):
     return path
 
 
-def start(args, checkpoint):
+def start_evaluation(args, checkpoint):
     """What every evaluation begins with. Returns: record, a dict of what is known about the run;
-    path of the results; device; the backbone there; a line about it."""
-    path = results_file(args)
-    ours = checkpoint if checkpoint.get("format") == 1 else {}
-    record = dict(script=f"{args.method}.py", command=" ".join([f"{args.method}.py", *args.argv]),
+    path of the results; device; the backbone there; a line that describes it."""
+    path = results_path(args)
+    ours, script = checkpoint if checkpoint.get("format") == 1 else {}, f"{args.method}.py"
+    record = dict(script=script, command=" ".join([script, *args.argv]), seconds=time.time(),
                   checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
-                  label=args.label, seed=args.seed, args=common.plain(args), seconds=time.time())
+                  label=args.label, seed=args.seed, args=common.flags_dict(args))
     device = common.setup(args)
     with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if args.checkpoint == "none":
-        backbone, about = common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
-        words = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"
+        backbone, loaded = common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
+        description = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"
     else:
-        backbone, about = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
-        left_out = ", ".join(f"{k} ({n})" for k, n in about["left_out"].items()) or "nothing"
-        words = (f"{args.checkpoint}: {about['loaded']} tensors of {about['arch']}, "
-                 f"{about['stem']} stem, loaded from '{about['prefix']}*'; left out: {left_out}; "
-                 f"missing: {', '.join(about['missing'][:3]) or 'nothing'}")
-    record["backbone"] = about
-    backbone = backbone.to(device, memory_format=common.layout(args)).eval()
-    return record, path, device, backbone, words
+        backbone, loaded = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
+        left_out = ", ".join(f"{k} ({n})" for k, n in loaded["left_out"].items()) or "nothing"
+        description = (
+            f"{args.checkpoint}: {loaded['loaded']} tensors of {loaded['arch']}, {loaded['stem']} "
+            f"stem, loaded from '{loaded['prefix']}*'; left out: {left_out}; missing: "
+            f"{', '.join(loaded['missing'][:3]) or 'nothing'}")
+    record["backbone"] = loaded
+    backbone = backbone.to(device, memory_format=common.memory_format(args)).eval()
+    return record, path, device, backbone, description
 
 
-def write(path, record, device, **results):
-    """Save the record of `start` with the results as JSON."""
+def write_results(path, record, device, **results):
+    """Save the record of `start_evaluation` with the results as JSON."""
     record.update(results, **common.environment(device),
                   seconds=round(time.time() - record["seconds"], 1))
-    common.replace(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    common.atomic_write(path, lambda file: file.write(f"{json.dumps(record, indent=1)}\n".encode()))
 
 
-def table(results, name=""):
+def result_lines(results, name=""):
     """Lines for the terminal: one for every dict of numbers, under the names that lead to it."""
     numbers = [f"{k} {v:.4g}" for k, v in results.items() if isinstance(v, (int, float))]
     lines = [f"  {name:26} {'   '.join(numbers)}"] if numbers else []
     for key, value in results.items():
-        lines += table(value, f"{name} {key}".strip()) if isinstance(value, dict) else []
+        lines += result_lines(value, f"{name} {key}".strip()) if isinstance(value, dict) else []
     return lines
 
 
-def picture(path, args, data, h, names, queries=8, near=8):
+def retrieval_picture(path, args, data, h, names, queries=8, near=8):
     """PNG: test images and their nearest training images, framed green where the label agrees."""
     rows = torch.randperm(len(data.test), generator=common.generator(args.seed, 0, "picture"))
     rows, near = rows[:queries], min(near, len(data.train))
     bank, query = F.normalize(h[0], dim=1), F.normalize(h[1][rows.to(h[1].device)], dim=1)
-    found = common.top_k(query, bank, near)[1].cpu()  # (queries, near)
-    query, close = data.test.columns[args.label][rows], data.train.columns[args.label][found]
+    nearest = common.top_k(query, bank, near)[1].cpu()  # (queries, near)
+    y, y_near = data.test.columns[args.label][rows], data.train.columns[args.label][nearest]
     test = data.pixels(data.test, rows, args.image_size)  # (queries, 3, S, S)
-    train = data.pixels(data.train, found.flatten(), args.image_size).unflatten(0, found.shape)
-    lines = [("", [(image, None, names[y]), *(
-        (x, bool(label == y), names[label]) for x, label in zip(images, labels))])
-             for image, y, images, labels in zip(test, query, train, close)]
+    train = data.pixels(data.train, nearest.flatten(), args.image_size).unflatten(0, nearest.shape)
+    lines = [("", [(image, None, names[c]), *(
+        (x, bool(label == c), names[label]) for x, label in zip(images, labels))])
+             for image, c, images, labels in zip(test, y, train, y_near)]
     common.image_rows(path, "a test image, then its nearest training images, most similar first; "
                       f"green: the same {args.label}, red: another; {common.source(args)}", lines)
 
@@ -454,39 +459,42 @@ def picture(path, args, data, h, names, queries=8, near=8):
 
 
 def evaluate(args, checkpoint):
-    """Evaluate on this rank; see the docstring of the file."""
+    """Evaluate in this process; see the docstring of the file."""
     if args.fraction is not None and not 0 < args.fraction <= 1:
         raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
     if args.optimizer != "sgd":
         raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
-    record, path, device, backbone, words = start(args, checkpoint)
-    data, names, notes = load(args, device)
+    if args.mode == "fast":
+        common.reject_unused(args, ["micro_batch"], "by --mode fast")
+    record, path, device, backbone, description = start_evaluation(args, checkpoint)
+    data, names, notes = load_labelled(args, device)
     for column in args.retrieval_labels:
         data.train.column(column), data.test.column(column)
-    given = any(word.split("=")[0] == "--knn-k" for word in args.argv)
-    if given and args.knn_k > len(data.train):  # the default takes as many as there are
+    written = any(word.split("=")[0] == "--knn-k" for word in args.argv)
+    if written and args.knn_k > len(data.train):  # the default takes as many as there are
         raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training images")
     if common.rank() == 0:
-        print("\n".join([words, *notes]), flush=True)
+        print("\n".join([description, *notes]), flush=True)
 
     if args.mode != "fast":
-        results = probe(args, data, backbone, len(names), device)
+        results = train_probe(args, data, backbone, len(names), device)
     if args.mode == "fast" or args.picture is not None:
-        h = [common.features(backbone, data, t) for t in (data.train, data.test)]
+        h = [common.extract_features(backbone, data, t) for t in (data.train, data.test)]
     if args.mode == "fast":
-        results = fast(args, data, h, len(names), device)
+        results = evaluate_features(args, data, h, len(names), device)
     if common.rank() > 0:
         return
     protocol = args.protocol or f"recipe {args.recipe}"
     print(f"protocol: {protocol}; {common.source(args)}, column {args.label}: {len(names)} "
           f"classes, {len(data.train)} training and {len(data.test)} test images")
-    print("\n".join(table(results)))
-    write(path, record, device, protocol=protocol, recipe=args.recipe, results=results, data=dict(
-        train=len(data.train), test=len(data.test), classes=len(names), notes=notes))
+    print("\n".join(result_lines(results)))
+    write_results(path, record, device, protocol=protocol, recipe=args.recipe, results=results,
+                  data=dict(train=len(data.train), test=len(data.test), classes=len(names),
+                            notes=notes))
     print(f"  {'results':26} {path}")
     if args.picture is not None:
         image = Path(args.picture) if args.picture else path.with_suffix(".png")
-        picture(image, args, data, h, names)
+        retrieval_picture(image, args, data, h, names)
         print(f"  {'picture':26} {image}")
 
 
@@ -505,9 +513,9 @@ class Parser(common.Parser):
             ["recipe", "dataset", "arch", "stem", "lr", "lr_256", "fraction", "subset"]))
 
     def parse_args(self, argv=None):
-        """Flag over recipe over checkpoint; self.checkpoint is what `read` gave."""
+        """Flag over recipe over checkpoint; self.checkpoint is what `read_checkpoint` gave."""
         given = self.parse_known_args(argv)[0]
-        self.checkpoint = read(given.checkpoint)
+        self.checkpoint = read_checkpoint(given.checkpoint)
         if given.recipe is None:
             if given.subset and given.fraction is None:
                 raise common.BadInput("--subset needs a --recipe: semi-1, semi-10, or a probe")
@@ -516,7 +524,7 @@ class Parser(common.Parser):
         if self.checkpoint.get("format") == 1:
             old = self.checkpoint["args"]
             keep = ["image_size", "seed", "knn_k", "knn_t", "channels_last"]
-            if given.dataset in (None, old["dataset"]):  # they mean nothing to another data set
+            if given.dataset in (None, old["dataset"]):  # these mean nothing to another data set
                 keep += ["dataset", "data_dir", "train_file", "test_file", "classes", "label",
                          "limit_train", "mean", "std"]
             self.set_defaults(**{k: old[k] for k in keep})
@@ -533,7 +541,7 @@ class Parser(common.Parser):
 
 
 def main(argv=None):
-    """Flags and start; `main([...])` runs in this process."""
+    """Parse the flags and evaluate; `main([...])` runs in this process."""
     parser = Parser("linear_eval", __doc__, RECIPES)
     add = parser.add_argument_group("evaluation").add_argument
     add("--picture", nargs="?", const="", help="save a retrieval grid (default: beside --out)")

@@ -2,10 +2,9 @@
 it was trained on (in-distribution) against sets of outliers.
 
 --checkpoint takes every file that linear_eval.py reads, and `none`, the untrained network. The
-scores are high for in-distribution images; whatever they need is fitted to the training images
-alone, under the test view. Nothing is tuned on the outliers: every number below was fixed before.
-With F_c the L2-normalised backbone features of the n_c training images of class c, x those of a
-test image:
+scores are high for in-distribution images. They are fitted to the training images alone, seen as
+test images are. Nothing is tuned on the outliers: every number below was fixed before. F_c are the
+L2-normalized backbone features of the n_c training images of class c, x those of a test image:
 
     gaussian     max_c log N(x; mu_c, Sigma_c), mu_c = mean of F_c, Sigma_c = (1 / n_c) sum of
                  (f - mu_c)(f - mu_c)^T + ridge I      the headline; RINCE's protocol             G1
@@ -17,16 +16,16 @@ test image:
                                                       (Hendrycks and Gimpel 2017)                 G4
 
 Metrics, in percent, with the in-distribution images as positives unless said otherwise. Equal
-scores are one threshold: no order within a tie is ever invented.
+scores share one threshold.
 
     AUROC        area under the ROC curve, a tie counts 1/2
     AUPR-in      average precision;  AUPR-out: the outliers are the positives, low scores first
     FPR95        share of outliers above the highest threshold that keeps 95 % of the inliers
     FPR95-out    share of inliers below the lowest threshold that catches 95 % of the outliers
 
-The intervals are bootstrap percentiles (2.5, 97.5) over the test images and outliers; they hold the
-network fixed, so they say nothing about other seeds. Images of another size are resized as those of
-the test set are, and normalised with its mean and deviation.
+The intervals are bootstrap percentiles (2.5, 97.5) over the test images and outliers. The network
+is fixed, so they say nothing about other seeds. Outliers are resized as the test images are, and
+normalized with the same mean and deviation.
 
     python ood_eval.py --checkpoint runs/rince-demo-seed0/checkpoint.pt   # shapes: unseen shapes
     python ood_eval.py --checkpoint none                                  # the untrained network
@@ -56,21 +55,21 @@ METRICS = ("AUROC", "AUPR-in", "AUPR-out", "FPR95", "FPR95-out")
 # ---------------------------------------------------------------------------------- scores
 
 
-def cholesky(centred, ridge, what):
+def cholesky(centred, ridge, name):
     """Lower factor of Sigma (D, D), the covariance of rows (n, D) of mean 0, divisor n, + ridge I.
 
     RunFailed if the ridge does not make Sigma positive definite.
     """
     Sigma = centred.T @ centred / len(centred)
     Sigma += ridge * torch.eye(len(Sigma), dtype=Sigma.dtype, device=Sigma.device)
-    L, wrong = torch.linalg.cholesky_ex(Sigma)
-    if wrong or not L.isfinite().all():
-        raise common.RunFailed(f"the covariance of {what} is not positive definite; use a larger "
+    L, failed = torch.linalg.cholesky_ex(Sigma)
+    if failed or not L.isfinite().all():
+        raise common.RunFailed(f"the covariance of {name} is not positive definite; use a larger "
                                "--ridge")
     return L
 
 
-def whitened(x, mu, L):
+def squared_distances(x, mu, L):
     """Squared Mahalanobis distances (n,) of x (n, D) to mu, from the Cholesky factor of Sigma."""
     return torch.linalg.solve_triangular(L, (x - mu).T, upper=False).square().sum(0)
 
@@ -91,7 +90,8 @@ def class_log_densities(train, labels, x, ridge=1e-6):
         mu = F_c.mean(0)
         L = cholesky(F_c - mu, ridge, f"class {c}")
         log_det = 2 * L.diagonal().log().sum()
-        densities.append(-0.5 * (len(mu) * math.log(2 * math.pi) + log_det + whitened(x, mu, L)))
+        densities.append(-0.5 * (len(mu) * math.log(2 * math.pi) + log_det
+                                 + squared_distances(x, mu, L)))
     return torch.stack(densities, 1)
 
 
@@ -104,7 +104,7 @@ def mahalanobis(train, labels, x, ridge=1e-6):
     ids, place = labels.unique(return_inverse=True)
     means = torch.stack([train[place == c].mean(0) for c in range(len(ids))])  # (C, D)
     L = cholesky(train - means[place], ridge, "all classes")
-    return -torch.stack([whitened(x, mu, L) for mu in means], 1).min(1).values
+    return -torch.stack([squared_distances(x, mu, L) for mu in means], 1).min(1).values
 
 
 def knn_distance(train, x, k=50):
@@ -123,7 +123,7 @@ def knn_distance(train, x, k=50):
 
 
 def max_softmax(h, weight, bias):
-    """Largest class probability of features h (n, D), not normalised, under a linear head (G4)."""
+    """Largest class probability of features h (n, D), not normalized, under a linear head (G4)."""
     return (h.double() @ weight.double().T + bias.double()).softmax(1).max(1).values
 
 
@@ -131,7 +131,7 @@ def max_softmax(h, weight, bias):
 
 
 def histogram(inliers, outliers):
-    """Numbers of inliers and outliers (T,), float64, at each distinct score, the highest first.
+    """Numbers of inliers and of outliers, (T,) float64, with each distinct score, highest first.
 
     Args: scores (n_in,) and (n_out,). Raises: ValueError without scores or for a NaN.
     """
@@ -149,7 +149,7 @@ def histogram(inliers, outliers):
 def average_precision(hits, misses):
     """Sum over thresholds of (recall - recall before) * precision; (..., T) -> (...)."""
     tp, fp = hits.cumsum(-1), misses.cumsum(-1)
-    # a bootstrap sample may lack the first scores: nothing found yet, and no step of recall
+    # a bootstrap sample may lack the first scores: no image yet, and no step of recall
     return (hits * tp / (tp + fp).clamp(min=1)).sum(-1) / tp[..., -1]
 
 
@@ -167,37 +167,37 @@ def metrics(hits, misses):
     Returns: dict of name -> (...) float64.
     """
     tp, fp = hits.cumsum(-1), misses.cumsum(-1)
-    below = tp - hits / 2  # inliers above an outlier's score, those level with it by half
-    upside_down = misses.flip(-1), hits.flip(-1)  # low scores first, outliers are the positives
-    return {"AUROC": (misses * below).sum(-1) / (tp[..., -1] * fp[..., -1]),
-            "AUPR-in": average_precision(hits, misses), "AUPR-out": average_precision(*upside_down),
-            "FPR95": false_rate(hits, misses), "FPR95-out": false_rate(*upside_down)}
+    above = tp - hits / 2  # inliers above an outlier's score, half of those at the same score
+    reverse = misses.flip(-1), hits.flip(-1)  # low scores first, outliers are the positives
+    return {"AUROC": (misses * above).sum(-1) / (tp[..., -1] * fp[..., -1]),
+            "AUPR-in": average_precision(hits, misses), "AUPR-out": average_precision(*reverse),
+            "FPR95": false_rate(hits, misses), "FPR95-out": false_rate(*reverse)}
 
 
-def intervals(hits, misses, samples, seed):
-    """Bootstrap: percentiles 2.5 and 97.5 of every metric, images drawn with replacement.
+def bootstrap_intervals(hits, misses, samples, seed):
+    """Percentiles 2.5 and 97.5 of every metric, images drawn with replacement.
 
     Args: hits, misses (T,) of `histogram`. Returns: dict of name -> [low, high].
     """
     T = len(hits)
     places = [torch.arange(T).repeat_interleave(n.long()) for n in (hits, misses)]  # of each image
-    many, found = max(1, 2 ** 22 // (T + max(map(len, places)))), []
-    for start in range(0, samples, many):
-        g, R = common.generator(seed, start, "bootstrap"), min(many, samples - start)
+    at_a_time, values = max(1, 2 ** 22 // (T + max(map(len, places)))), []  # bounds the memory
+    for start in range(0, samples, at_a_time):
+        g, R = common.generator(seed, start, "bootstrap"), min(at_a_time, samples - start)
         drawn = [place[torch.randint(len(place), (R, len(place)), generator=g)]
                  for place in places]
         counts = [torch.bincount((d + T * torch.arange(R)[:, None]).flatten(), minlength=R * T)
                   .view(R, T).double() for d in drawn]
-        found.append(metrics(*counts))
+        values.append(metrics(*counts))
     q = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: torch.cat([f[name] for f in found]).quantile(q).tolist() for name in METRICS}
+    return {name: torch.cat([v[name] for v in values]).quantile(q).tolist() for name in METRICS}
 
 
 # ---------------------------------------------------------------------------------- images
 
 
-def load(args, device):
-    """common.Data of the in-distribution images, its training images those with a label."""
+def load_inliers(args, device):
+    """common.Data of the in-distribution images, without training images that have no label."""
     data = common.load(argparse.Namespace(**{**vars(args), "batch_size": 1}), device)
     y, y_test = (t.column(args.label) for t in (data.train, data.test))
     data.train = data.train.select((y >= 0).nonzero().flatten())
@@ -212,12 +212,12 @@ def load(args, device):
     return data
 
 
-def outliers(text, args, device):
-    """Name and common.Table of one word of --outliers."""
-    name, _, place = text.rpartition("=")
+def load_outliers(text, args, device):
+    """Name and common.Table of one value of --outliers."""
+    name, _, file = text.rpartition("=")
     others = [s for s in ("shapes", "cifar10", "cifar100", "stl10")
-              if s != args.dataset.partition("-")[0]]  # shapes-views tests on images of shapes
-    path = Path(args.data_dir) / place
+              if s != args.dataset.partition("-")[0]]  # the test images of shapes-views are shapes
+    path = Path(args.data_dir) / file
     if name and path.is_dir():
         files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in common.IMAGE_ENDINGS)
         if not files:
@@ -243,34 +243,34 @@ def outliers(text, args, device):
 def score_images(args, checkpoint, h_train, y, h):
     """Every score of features h (n, D), fitted to h_train (N, D) and y (N,): name -> (n,)."""
     train, x = (F.normalize(z.double(), dim=1) for z in (h_train, h))
-    found = dict(gaussian=class_log_densities(train, y, x, args.ridge).max(1).values,
-                 mahalanobis=mahalanobis(train, y, x, args.ridge),
-                 knn=knn_distance(train, x, args.k))
+    scores = dict(gaussian=class_log_densities(train, y, x, args.ridge).max(1).values,
+                  mahalanobis=mahalanobis(train, y, x, args.ridge),
+                  knn=knn_distance(train, x, args.k))
     if checkpoint.get("format") == 1 and checkpoint["args"].get("loss") == "ce":
         model = checkpoint["state"]["model"]
-        found["softmax"] = max_softmax(h, *(model[f"head.{p}"].to(h.device)
-                                            for p in ("weight", "bias")))
-    return {name: s.cpu() for name, s in found.items()}
+        scores["softmax"] = max_softmax(h, *(model[f"head.{p}"].to(h.device)
+                                             for p in ("weight", "bias")))
+    return {name: s.cpu() for name, s in scores.items()}
 
 
 # ---------------------------------------------------------------------------------- results
 
 
-def lines_of(results, spread):
+def result_lines(results, intervals):
     """Lines for the terminal: one for every set of outliers and score."""
     lines = [f"  {'outliers':14} {'score':12} {'AUROC':22}" + "".join(
         f"{m:>11}" for m in METRICS[1:])]
     for name, of_set in results.items():
         for score, of_score in of_set.items():
             text = f"{of_score['AUROC']:.2f}"
-            if spread:
-                text += " [{:.2f}, {:.2f}]".format(*spread[name][score]["AUROC"])
+            if intervals:
+                text += " [{:.2f}, {:.2f}]".format(*intervals[name][score]["AUROC"])
             lines.append(f"  {name:14} {score:12} {text:22}" + "".join(
                 f"{of_score[m]:11.2f}" for m in METRICS[1:]))
     return lines
 
 
-def picture(path, args, scores, results):
+def score_picture(path, args, scores, results):
     """PNG: for each set of outliers the histograms of the headline score, below it the ROC curves.
 
     scores: set -> score -> (inliers, outliers). None without matplotlib.
@@ -299,7 +299,7 @@ def picture(path, args, scores, results):
     network = "untrained network" if args.checkpoint == "none" else args.checkpoint
     figure.suptitle(f"{network}, {common.source(args)}", fontsize=9)
     figure.tight_layout()
-    common.replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    common.atomic_write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)
     return path
 
@@ -308,53 +308,56 @@ def picture(path, args, scores, results):
 
 
 def evaluate(args, checkpoint):
-    """Evaluate on this rank; see the docstring of the file."""
+    """Evaluate in this process; see the docstring of the file."""
     if args.outliers is None:
         if not args.dataset.startswith("shapes"):
             raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
         args.outliers = ["unseen"]
-    common.require(args, above=["ridge", "k"], least=["bootstrap"])
-    record, path, device, backbone, words = linear_eval.start(args, checkpoint)
-    data = load(args, device)
-    sets = [outliers(text, args, device) for text in args.outliers]
+    common.check_ranges(args, above=["ridge", "k"], least=["bootstrap"])
+    common.reject_unused(args, ["micro_batch"], "by ood_eval.py, which trains nothing")
+    record, path, device, backbone, description = linear_eval.start_evaluation(args, checkpoint)
+    data = load_inliers(args, device)
+    sets = [load_outliers(text, args, device) for text in args.outliers]
     if len({name for name, _ in sets}) < len(sets):
         raise common.BadInput("--outliers: two sets of one name")
     tables = [data.train, data.test, *(table for _, table in sets)]
-    h_train, *h = (common.features(backbone, data, table).to(device) for table in tables)
+    h_train, *h = (common.extract_features(backbone, data, table).to(device) for table in tables)
     y = data.train.columns[args.label].to(device)
     if common.rank() > 0:
         return
     if not all(z.isfinite().all() for z in (h_train, *h)):
         raise common.RunFailed(f"checkpoint {args.checkpoint}: its features are not finite")
-    print(words)
+    print(description)
     if few := int((y.unique(return_counts=True)[1] <= h_train.shape[1]).sum()):
         print(f"{few} classes have no more training images than features ({h_train.shape[1]}): "
               f"their covariance is singular but for the ridge {args.ridge:g}")
-    found = score_images(args, checkpoint, h_train, y, torch.cat(h))
-    parts = {name: s.split([len(z) for z in h]) for name, s in found.items()}
-    results, spread, scores = {}, {}, {}
+    of_all = score_images(args, checkpoint, h_train, y, torch.cat(h))
+    by_table = {score: s.split([len(z) for z in h]) for score, s in of_all.items()}
+    results, intervals, scores = {}, {}, {}
     for i, (name, _) in enumerate(sets, 1):
-        scores[name] = {score: (s[0], s[i]) for score, s in parts.items()}
+        scores[name] = {score: (s[0], s[i]) for score, s in by_table.items()}
         counts = {score: histogram(*pair) for score, pair in scores[name].items()}
         results[name] = {score: {m: 100 * v.item() for m, v in metrics(*n).items()}
                          for score, n in counts.items()}
         if args.bootstrap:
-            spread[name] = {score: {m: [100 * v for v in pair] for m, pair in intervals(
-                *n, args.bootstrap, args.seed).items()} for score, n in counts.items()}
+            intervals[name] = {
+                score: {m: [100 * v for v in pair] for m, pair in bootstrap_intervals(
+                    *n, args.bootstrap, args.seed).items()} for score, n in counts.items()}
     print(f"in-distribution: {common.source(args)}, column {args.label}, fitted to "
           f"{len(data.train)} training images, {len(data.test)} test images; outliers: "
           f"{', '.join(f'{name} {len(t)}' for name, t in sets)}")
-    print("\n".join([*lines_of(results, spread), "  percent; headline: gaussian; [95 % bootstrap "
-                     "interval over images]"]))
-    linear_eval.write(path, record, device, headline="gaussian", results=results, intervals=spread,
-                      data=dict(train=len(data.train), test=len(data.test),
-                                outliers={name: len(t) for name, t in sets}))
+    print("\n".join([*result_lines(results, intervals), "  percent; headline: gaussian; [95 % "
+                     "bootstrap interval over images]"]))
+    linear_eval.write_results(
+        path, record, device, headline="gaussian", results=results, intervals=intervals,
+        data=dict(train=len(data.train), test=len(data.test),
+                  outliers={name: len(t) for name, t in sets}))
     print(f"  {'results':14} {path}")
-    print(f"  {'picture':14} {picture(path.with_suffix('.png'), args, scores, results)}")
+    print(f"  {'picture':14} {score_picture(path.with_suffix('.png'), args, scores, results)}")
 
 
 def main(argv=None):
-    """Flags and start; `main([...])` runs in this process."""
+    """Parse the flags and evaluate; `main([...])` runs in this process."""
     parser = linear_eval.Parser("ood_eval", __doc__, RECIPES)
     add = parser.add_argument_group("evaluation").add_argument
     add("--outliers", nargs="+", help="unseen (shapes), another data set, NAME=FILE.npz, "

@@ -2,30 +2,32 @@
 Boosting Contrastive Learning via Ranked Positives, AAAI 2022, arXiv 2201.11736).
 
 Positives are ranked: 1 the own class, 2 related classes, and so on; then come the negatives. Term i
-pulls rank i towards the anchor against all that is worse; better ranks are left out of it, so that
-they are not pushed away. The labels E1 to E8 are those of this project, as the paper's method
-section could not be read: this is the authors' code, but for [P?] (as the paper is known).
+pulls rank i towards the anchor and pushes all that is worse away. It leaves better ranks out, so it
+does not push them away. The paper's method section could not be read: the labels E1 to E8 are those
+of this project, the equations those of the authors' code; [P?] was not checked against the paper.
 
     a_n anchor, p_n its second view, k_m candidates (old keys), R[n,m] rank of k_m for a_n, 0 = none
     P_i(n) = { k_m : R[n,m] = i }, for i = 1 also p_n;  Neg_i(n) = { k_m : R[n,m] = 0 or > i }    E1
     tau_i = tau_min + (1 - s_i) (tau_max - tau_min),  s_i = 1 - 0.25 (i - 1)                      E2
     with e_k = exp(a_n . k / tau_i), N = sum of e_k over Neg_i(n), S = sum of e_k over P_i(n):
-    pi_in(n) = S / (S + N), one an anchor                                                         E3
+    pi_in(n) = S / (S + N), one per anchor                                                        E3
     pi_out(n, k) = e_k / (e_k + N), one for every k in P_i(n)                                     E4
     L_i = mean of -log pi over the batch's anchors (in) or pairs (out) with pi > 1e-7             E5
     L = 1/r sum_i L_i, where L_i = 0 if there is no such entry       (the paper: the sum [P?])    E6
     theta_k <- m theta_k + (1 - m) theta_q before the keys; they join the queue after the loss    E7
     class similarities C, thresholds t_2 > t_3 > ..: rank i where t_i <= C < t_{i-1}              E8
     rince-out: E4 in all terms; rince-in: E3; rince-out-in: E4 in term 1, E3 in the others;
-    rince-uni: one positive a rank, drawn; scl: term 1 alone (tau_min), on classes or superclasses.
+    rince-uni: one positive per rank, drawn; scl: term 1 alone (tau_min), on classes or superclasses
 
-Sees:   images and ranked labels: a chain of columns (--ranks) or class similarities (--similarity).
-State:  query and key network, queue of K keys with labels, ranks of the classes, ids of the rows.
-Shapes: B global batch, b rows of this rank, D embedding width, M candidates, r ranks, C classes.
+Labels used:  a chain of label columns (--ranks), or one column and class similarities.
+State kept:   query and key network, queue of K keys with labels, ranks, one class id per image.
+Shapes:       B global batch, b rows of this process, D embedding width, M candidates, r ranks,
+              C classes, N images.
 
     torchrun --standalone --nproc_per_node=2 rince.py                # demo on 2 CPU cores, 2 min
     python rince.py --recipe c100-small --download                   # CIFAR-100, 3 CPU minutes
     python rince.py --recipe cifar100 --download                     # one GPU
+    python rince.py --recipe cifar100 --micro-batch 64               # one small GPU
     torchrun --nproc_per_node=4 rince.py --recipe cifar100           # four, the same global batch
     torchrun --nproc_per_node=4 rince.py --recipe imagenet100 --data-dir DIR --similarity FILE
     python rince.py --recipe c100-small --loss ce                          # baseline, same views
@@ -88,67 +90,47 @@ FORMS = {"rince-out": "out", "rince-in": "in", "rince-out-in": "out-in", "rince-
 # ---------------------------------------------------------------------------------- loss
 
 
-NOTHING = -1e30  # for -inf: sums of no terms stay finite, and their gradient is 0, not 0 / 0
+LOG_ZERO = -1e30  # instead of -inf: a sum of no terms stays finite, and its gradient is 0, not 0/0
 
 
 def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
-    """Sums and numbers of the entries of every rank's term (E1, E3 to E5); `mean_of_ranks` ends it.
+    """RINCE (E1, E3 to E6) of a batch.
 
     Args:
-        a: (b, D) unit-norm anchors, with gradient.  p: (b, D) second views of the same images.
-        keys: (M, D) candidates: the queue before this batch, or the keys of the batch.
-        R: (b, 1 + M) int64 from `rank_of`: 0 negative, -1 in no term; column 0 is p, of rank 1.
+        a: (B, D) unit-norm anchors, with gradient; float16 and bfloat16 become float32.
+        p: (B, D) unit-norm second views of the same images.
+        keys: (M, D) unit-norm candidates: the queue before this batch, or p itself.
+        R: (B, 1 + M) int64 from `rank_of`: 0 negative, -1 in no term; column 0 is p, of rank 1.
         taus: r temperatures > 0, one for each rank from 1.
         form: "out", "in" or "out-in".
         cumulative: P_i also has the keys of better ranks (but not p), as the authors train CIFAR.
         min_prob: entries with pi <= min_prob are dropped (E5); 0 keeps all.
-
-    Returns: sums (r,) of -log pi, with gradient; counts (r,) int64 of the entries. On several ranks
-        add the counts up first: the mean runs over the pairs of the whole batch.
-    Raises: ValueError for a wrong shape or argument.
+    Returns: scalar.
     """
-    b, M = len(a), len(keys)
-    if a.shape != p.shape or keys.shape[1:] != a.shape[1:] or R.shape != (b, 1 + M):
-        raise ValueError(f"anchors {tuple(a.shape)}, second views {tuple(p.shape)}, keys "
-                         f"{tuple(keys.shape)} and ranks {tuple(R.shape)} do not fit")
-    if form not in ("out", "in", "out-in"):
-        raise ValueError(f"unknown form {form!r}")
-    if not (len(taus) and min(taus) > 0 and 0 <= min_prob < 1):
-        raise ValueError(f"temperatures {taus} must be above 0 and min_prob {min_prob} in [0, 1)")
-    cut = math.log(min_prob) if min_prob > 0 else -math.inf
-    S = torch.cat([(a * p).sum(1, keepdim=True), a @ keys.T], 1)  # (b, 1 + M)
-    sums, counts = [], []
+    a, p, keys = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, p, keys))
+    cut = math.log(min_prob) if min_prob else -math.inf
+    S = torch.cat([(a * p).sum(1, keepdim=True), a @ keys.T], 1)  # (B, 1 + M)
+    L = []
     for i, tau in enumerate(taus, 1):
         P, Neg = R == i, (R == 0) | (R > i)  # E1
         if cumulative and i > 1:
             P = (R > 0) & (R <= i)
             P[:, 0] = False
         s = S / tau
-        neg = s.masked_fill(~Neg, NOTHING).logsumexp(1, keepdim=True)  # (b, 1)
-        if form == "in" or form == "out-in" and i > 1:
-            s = s.masked_fill(~P, NOTHING).logsumexp(1, keepdim=True)  # (b, 1)
+        log_N = s.masked_fill(~Neg, LOG_ZERO).logsumexp(1, keepdim=True)  # (B, 1)
+        if {"out": False, "in": True, "out-in": i > 1}[form]:
+            s = s.masked_fill(~P, LOG_ZERO).logsumexp(1, keepdim=True)  # (B, 1)
             P = P.any(1, keepdim=True)
         # differs from the released code: that takes e^s without log-sum-exp, and overflows
-        log_pi = F.logsigmoid(s - neg)  # log of e^s / (e^s + e^neg): E3 (b, 1) or E4 (b, 1 + M)
-        kept = P & (log_pi > cut)
-        sums.append(-log_pi.where(kept, 0.0).sum())
-        counts.append(kept.sum())
-    return torch.stack(sums), torch.stack(counts)  # E5
-
-
-def mean_of_ranks(sums, counts):
-    """E6: the mean over ranks of sums (r,) / counts (r,); a rank without entries counts 0."""
+        log_pi = F.logsigmoid(s - log_N)  # E3 (B, 1) or E4 (B, 1 + M)
+        kept = P & ~(log_pi <= cut)  # not `>`: that would drop a NaN, and the training would go on
+        L.append(-log_pi.where(kept, 0.0).sum() / kept.sum().clamp(min=1))  # E5
     # differs from the released code: r is fixed, there it changes with the classes of the batch
-    return (sums / counts.clamp(min=1)).mean()
+    return torch.stack(L).mean()  # E6
 
 
 def temperatures(r, tau_min, tau_max):
-    """tau_1 .. tau_r by similarity (E2): tau_max is the one of similarity 0, not of rank r.
-
-    Raises: ValueError unless r >= 1 and 0 < tau_min <= tau_max.
-    """
-    if not (r >= 1 and 0 < tau_min <= tau_max):
-        raise ValueError(f"{r} ranks with temperatures from {tau_min} to {tau_max}")
+    """tau_1 .. tau_r by similarity (E2): tau_max is the one of similarity 0, not of rank r."""
     # s_i >= 0 is ours: the authors have no more than five ranks
     return [tau_min + min(1.0, 0.25 * i) * (tau_max - tau_min) for i in range(r)]
 
@@ -156,32 +138,29 @@ def temperatures(r, tau_min, tau_max):
 # ---------------------------------------------------------------------------------- grouping
 
 
-def rank_of(y, y_keys, table, first=None):
-    """R (b, 1 + M) int64: ranks of the keys for the anchors, in column 0 those of the second views.
+def rank_of(y, table, y_keys=None):
+    """R (B, 1 + M) int64: the candidates' ranks for each anchor; column 0 is the second view's.
 
-    Args: y (b,), y_keys (M,) int64 classes, -1 = no class yet: a negative; table (C, C), see
-    `chain_ranks`; first, without a queue: key first + i is anchor i's own, in no term.
-    Raises: ValueError that names a class outside the table.
+    Args: y (B,) int64 classes of the batch; table (C, C), see `chain_ranks`; y_keys (M,) classes of
+    the queue, where -1 = no key yet: a negative. None: the candidates are the batch's keys, and
+    an image's own key is in no term.
     """
-    for ids, least in ((y, 0), (y_keys, -1)):
-        if (wrong := ids[(ids < least) | (ids >= len(table))]).numel():
-            raise ValueError(f"class {int(wrong[0])} is not among the {len(table)} classes")
-    R = table[y[:, None], y_keys.clamp(min=0)].masked_fill(y_keys < 0, 0)  # (b, M)
-    if first is not None:
-        row = torch.arange(len(y), device=y.device)
-        R[row, first + row] = -1
+    if y_keys is None:
+        R = table[y][:, y].fill_diagonal_(-1)  # (B, B)
+    else:
+        R = table[y][:, y_keys].masked_fill(y_keys < 0, 0)  # (B, M)
     return F.pad(R, (1, 0), value=1)
 
 
 def one_per_rank(R, u):
-    """RINCE-uni: R (b, 1 + M) with one positive a rank, the others in no term (-1).
+    """RINCE-uni: R (B, 1 + M) with one positive per rank, the others in no term (-1).
 
-    Args: u (b, r) uniform in [0, 1): which one. That the others are no negatives is ours.
+    Args: u (B, r) uniform in [0, 1): which one. That the others are no negatives is ours.
     """
     one = R.clone()
     for i in range(1, u.shape[1] + 1):
         P = R == i
-        chosen = (u[:, i - 1:i] * P.sum(1, keepdim=True)).floor() + 1  # (b, 1) counts from 1
+        chosen = (u[:, i - 1:i] * P.sum(1, keepdim=True)).floor() + 1  # (B, 1) from 1
         one[P & (P.cumsum(1) != chosen)] = -1
     return one
 
@@ -191,7 +170,7 @@ def chain_ranks(columns):
 
     Args: columns (N, r) int64; the first holds the classes 0 .. C-1.
     Returns: (C, C) int64, [c, d] = number (from 1) of the first column that c and d share, else 0.
-    Raises: ValueError if the columns are not nested: a value that has two of the next column.
+    Raises: ValueError if a value of a column meets two values of the next one (not nested).
     """
     of_class = torch.unique(columns, dim=0)
     for i in range(columns.shape[1] - 1):
@@ -214,8 +193,8 @@ def read_similarity(path, names, thresholds):
     """Ranks (C, C) of the classes `names` from a file, see README: a CSV of class_a, class_b and
     similarity or rank, or an npz of classes and a matrix similarity or rank.
 
-    A pair of a CSV counts both ways unless the other way stands there too; without a line it is a
-    negative. Errors: BadInput that names the file and the class or what is wrong.
+    A line of a CSV counts both ways unless there is one for the other way; a pair without a line
+    is a negative. Errors: BadInput that names the file and the class or what is wrong.
     """
     try:
         if str(path).endswith(".npz"):
@@ -234,11 +213,11 @@ def read_similarity(path, names, thresholds):
     except Exception as error:  # numpy, csv and zipfile raise many kinds
         raise common.BadInput(f"--similarity {path}: no CSV of class_a, class_b, similarity (or "
                               f"rank) and no such npz, see README: {error!r}") from None
-    for what, some in (("lacks", set(names) - set(known)), ("has, and the data lack,",
-                                                            set(known) - set(names))):
-        if some:
-            raise common.BadInput(f"--similarity {path} {what} {len(some)} classes: "
-                                  f"{', '.join(sorted(some)[:5])}")
+    for what, classes in (("lacks", {*names} - {*known}),
+                          ("has, and the data lack,", {*known} - {*names})):
+        if classes:
+            raise common.BadInput(f"--similarity {path} {what} {len(classes)} classes: "
+                                  f"{', '.join(sorted(classes)[:5])}")
     place = torch.tensor([known.index(c) for c in names])
     if matrix.shape != (len(known),) * 2 or matrix.isnan().any():
         raise common.BadInput(f"--similarity {path}: {kind} is no square of numbers")
@@ -253,12 +232,12 @@ def read_similarity(path, names, thresholds):
 
 
 def class_ranks(data, args):
-    """The classes that a training sees: from --loss, --ranks and --similarity.
+    """Classes and their ranks from --loss, --ranks and --similarity.
 
     Returns: ids (N,) int64 of the training rows, 0 .. C-1; names, C texts; ranks (C, C) int64.
     """
-    one = args.loss in ("scl-out", "scl-in", "ce")  # see the first column only
-    chain = args.ranks[:1] if one else args.ranks
+    # losses of one rank see the first column only
+    chain = args.ranks[:1] if args.loss in ("scl-out", "scl-in", "ce") else args.ranks
     columns = torch.stack([data.train.column(c) for c in chain], 1)  # (N, r)
     if (columns < 0).any():
         row, column = (columns < 0).nonzero()[0].tolist()
@@ -291,40 +270,41 @@ def class_ranks(data, args):
     return ids, [str(names[v] if names else v) for v in values.tolist()], table
 
 
-def describe(names, table, taus, args):
+def report_ranks(names, table, taus, args):
     """Write the ranks of every class to ranks.json and print the first three classes."""
     related = {name: {i: [names[c] for c in (row == i).nonzero().flatten().tolist()]
                       for i in range(2, len(taus) + 1)} for name, row in zip(names, table)}
     if common.rank() == 0:
         text = json.dumps(dict(loss=args.loss, ranks=args.ranks, similarity=args.similarity,
                                temperatures=taus, related=related), indent=1)
-        common.replace(Path(args.out) / "ranks.json", lambda file: file.write(text.encode()))
+        common.atomic_write(Path(args.out) / "ranks.json", lambda file: file.write(text.encode()))
     many = [f"rank {i}: {(table == i).sum().item() / len(table):.2f} classes at tau {tau:.4g}"
             for i, tau in enumerate(taus, 1)]
-    common.say(f"ranks of {len(names)} classes, on average {', '.join(many)}; all in "
-               f"{args.out}/ranks.json")
+    common.print_rank0(f"ranks of {len(names)} classes, on average {', '.join(many)}; all in "
+                       f"{args.out}/ranks.json")
     for name in names[:3] if len(taus) > 1 else []:
-        common.say(f"ranks of {name}: " + "; ".join(
-            f"{i} = {', '.join(some[:6]) or 'none'}{', ..' * (len(some) > 6)}"
-            for i, some in related[name].items()))
+        common.print_rank0(f"ranks of {name}: " + "; ".join(
+            f"{i} = {', '.join(classes[:6]) or 'none'}{', ..' * (len(classes) > 6)}"
+            for i, classes in related[name].items()))
 
 
 # ---------------------------------------------------------------------------------- model
 
 
 class RINCE(nn.Module):
-    """Encoder and projection head: (n, 3, S, S) images to (n, D) unit vectors, or class logits."""
+    """Encoder and head: a view (b, 3, S, S) to unit vectors (b, D), or to class logits."""
 
     def __init__(self, args, classes):
         super().__init__()
         self.backbone = common.resnet(args.arch, args.stem)
         width = self.backbone.width
-        self.unit = args.loss != "ce"
-        self.head = common.head("mlp", width, args.dim) if self.unit else nn.Linear(width, classes)
+        self.normalize = args.loss != "ce"
+        self.head = (common.head("mlp", width, args.dim) if self.normalize else
+                     nn.Linear(width, classes))
 
     def forward(self, x):
         z = self.head(self.backbone(x)).float()
-        return F.normalize(z, dim=1) if self.unit else z
+        return F.normalize(z, dim=1) if self.normalize else z
 
 
 class Ranks(nn.Module):
@@ -340,70 +320,66 @@ class Ranks(nn.Module):
 
 
 def train(args):
-    """Train on this rank; see the docstring of the file."""
+    """Train in this process; see the top of the file."""
     check(args)
     device = common.setup(args)
     data = common.load(args, device)
     ids, names, table = class_ranks(data, args)
     taus = temperatures(int(table.max()), args.tau_min, args.tau_max)
-    model = RINCE(args, len(names)).to(device, memory_format=common.layout(args))
+    model = RINCE(args, len(names)).to(device, memory_format=common.memory_format(args))
     key = copy.deepcopy(model).requires_grad_(False)  # f_k
     Q = torch.randn(args.queue, args.dim, generator=common.generator(args.seed, 0, "queue"))
     queue = common.Queue(F.normalize(Q, dim=1)).to(device)
     ranks = Ranks(ids, table).to(device)
-    network = common.ddp(model, args)
+    network, key_network = common.distribute(model, args), common.micro_batches(key, args)
     optimizer, scaler = common.optimizer(args, model), common.scaler(args, device)
     log = common.Log(args, data)
     state = dict(model=model, ranks=ranks, optimizer=optimizer, scaler=scaler, log=log)
     if args.loss != "ce":
         state.update(key=key, queue=queue)
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
-    spec, form = common.augmentation(args), FORMS[args.loss]
+    aug = common.augmentation(args)
 
-    def measure():
+    def evaluate():
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
 
     if first_step == 0:
         if args.loss != "ce":
-            describe(names, table, taus, args)
-        common.begin(state, args, data, spec, measure)
+            report_ranks(names, table, taus, args)
+        common.start_run(state, args, data, aug, evaluate)
 
-    for batch in data.batches(first_step, steps, spec, views=1 if args.loss == "ce" else 2):
-        step, y = batch.step, ranks.ids[batch.rows]  # (b,)
-        x = common.augment(batch)  # (V, b, 3, S, S)
+    for batch in data.batches(first_step, steps, aug, views=1 if args.loss == "ce" else 2):
+        step = batch.step
+        x = common.augment(batch)                               # (V, b, 3, S, S), this process
         with common.autocast(args, device):
-            a = network(x[0])  # (b, D)
+            a = network(x[0])                                   # (b, D)
             if args.loss != "ce":
-                common.momentum_update(key, model, args.key_momentum)  # E7
-                keys = common.shuffled_keys(key, x[1], args.seed, step)  # (B, D) of all ranks
-        if args.loss == "ce":
-            loss = F.cross_entropy(a, y)
+                common.momentum_update(key, model, args.key_momentum)                   # E7
+                p = common.shuffled_keys(key_network, x[1], args, step)  # (B, D), no gradient
+        y = ranks.ids[batch.rows]                               # (B,)
+        if args.loss == "ce":  # rows do not meet: the own ones, DDP takes the mean
+            loss = F.cross_entropy(a, y[batch.own])
         else:
-            own, y_keys = slice(batch.first, batch.first + len(y)), common.gather(y)
-            if args.queue:
-                k, R = queue.keys, rank_of(y, queue.labels, ranks.table)  # (b, 1 + K)
-            else:  # the other images of the batch
-                k, R = keys, rank_of(y, y_keys, ranks.table, batch.first)  # (b, 1 + B)
+            keys, y_keys = (queue.keys, queue.labels) if args.queue else (p, None)
+            R = rank_of(y, ranks.table, y_keys)                 # (B, 1 + M)
             if args.loss == "rince-uni":
-                u = torch.rand(args.batch_size, len(taus), dtype=torch.float64,
+                u = torch.rand(len(y), len(taus), dtype=torch.float64,
                                generator=common.generator(args.seed, step, "positives"))
-                R = one_per_rank(R, u[own].to(device))
-            sums, counts = rince(a, keys[own], k, R, taus, form,
-                                 args.rank2_positives == "cumulative", args.min_prob)
-            # W: DDP takes the mean over the ranks, the sums and counts are of all
-            loss = common.world() * mean_of_ranks(sums, common.total(counts))  # E6
+                R = one_per_rank(R, u.to(device))
+            loss = rince(common.gather(a), p, keys, R, taus, FORMS[args.loss],
+                         args.rank2_positives == "cumulative", args.min_prob)           # E6
 
         lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
         optimizer.zero_grad(set_to_none=True)
-        value = common.finite(loss, step)  # all ranks stop together
         scaler.scale(loss).backward()
+        values = common.check_loss(loss, step)
         scaler.step(optimizer)
         scaler.update()
         if args.loss != "ce" and args.queue:
-            queue.enqueue(keys, y_keys)
-        log(step, loss=value, lr=lr)
+            queue.enqueue(p, y)                                 # E7
+        log(step, **values, lr=lr)
 
-        if common.end_step(step, state, args, data, measure):
+        if common.end_step(step, state, args, data, evaluate):
             break
     unseen = "" if args.dataset == "shapes" else " --outliers NAME=FILE"
     common.summary(log, args, f"RINCE, --loss {args.loss}, {args.dataset}", first_step, more=[
@@ -427,7 +403,7 @@ def check(args):
     if not 0 < args.tau_min <= args.tau_max:
         raise common.BadInput(f"--tau-min {args.tau_min} --tau-max {args.tau_max}: 0 < tau-min <= "
                               "tau-max must hold")
-    common.require(args, above=["dim"], least=["warmup"], share=["key_momentum"])
+    common.check_ranges(args, above=["dim"], least=["warmup"], share=["key_momentum"])
     if not 0 <= args.min_prob < 1:
         raise common.BadInput(f"--min-prob {args.min_prob} is not in [0, 1)")
     if args.queue < 0 or 0 < args.queue < args.batch_size and args.loss != "ce":
@@ -437,26 +413,25 @@ def check(args):
     if not falling or not all(t <= 1 for t in args.threshold):
         raise common.BadInput(f"--threshold {args.threshold}: must fall, and none above 1")
     if args.loss == "ce":
-        common.unused(args, ["tau_min", "tau_max", "min_prob"], "by --loss ce")
+        common.reject_unused(args, ["tau_min", "tau_max", "min_prob"], "by --loss ce")
     if not args.similarity:
-        common.unused(args, ["threshold"], "without --similarity")
+        common.reject_unused(args, ["threshold"], "without --similarity")
     if args.batch_size < 2 and args.queue == 0 and args.loss != "ce":
         raise common.BadInput("--batch-size 1 --queue 0: an image needs others as negatives")
-    rince = args.loss.startswith("rince")
-    if args.similarity and (len(args.ranks) > 1 or not rince):
+    ranked = args.loss.startswith("rince")
+    if args.similarity and (len(args.ranks) > 1 or not ranked):
         raise common.BadInput("--similarity goes with --loss rince-* and one column of --ranks")
-    if rince and not args.similarity and len(args.ranks) < 2:
+    if ranked and not args.similarity and len(args.ranks) < 2:
         raise common.BadInput(f"--ranks {args.ranks[0]} is one rank only: add a coarser column, or "
                               "--similarity FILE, or take --loss scl-out")
     if args.loss == "scl-superclass" and len(args.ranks) < 2:
         raise common.BadInput("--loss scl-superclass needs a coarser column at the end of --ranks")
-    if args.rank2_positives == "cumulative" and args.loss in ("rince-uni", "scl-out", "scl-in",
-                                                              "scl-superclass", "ce"):
+    if args.rank2_positives == "cumulative" and (not ranked or args.loss == "rince-uni"):
         raise common.BadInput(f"--rank2-positives cumulative does not go with --loss {args.loss}")
 
 
 def main(argv=None):
-    """Flags and start; `main([...])` runs in this process."""
+    """Parse the flags and train; `main([...])` runs in this process."""
     parser = common.Parser("rince", __doc__, RECIPES)
     add = parser.add_argument_group("RINCE").add_argument
     add("--loss", default="rince-out-in", choices=list(FORMS),

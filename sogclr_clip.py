@@ -3,8 +3,8 @@
 Guo, Xu, Zhao, Zhang, Yang, ICML 2024, arXiv 2404.04575), FastCLIP (Wei et al., arXiv 2407.01445);
 with CLIP (2103.00020), CyCLIP (2205.14459), VICReg (2105.04906) and SigLIP (2303.15343).
 
-An image is compared with all other texts of the DATA SET, a text with all other images: one
-number per anchor, u, estimates its denominator over time, so a small batch is not a small set of
+An image is compared with all other texts of the DATA SET, and a text with all other images. One
+number per anchor, u, estimates its denominator over time, so a small batch does not mean few
 negatives. The labels E1 to E27 are those of this project: the papers' own could not be checked.
 
     x_i, t_i unit features of pair i, S_ij = x_i . t_j, d_i = S_ii; B pairs; sg = stop-gradient
@@ -21,16 +21,22 @@ negatives. The labels E1 to E27 are those of this project: the papers' own could
     InfoSogCLR: u + 1/(N - 1), the pair itself counts (E27); MINE (E24, E25) mixed in (E26)
     FastCLIP v3: eps + u, one learnable tau; v1 = sogclr, v2 = isogclr with --gamma-schedule cosine
 
-Sees:   images and captions.
-State:  per image and per caption, float32: log u, and b where eps e^b is the floor; tau and v
-        (sogclr-dro, isogclr, isogclr-v2); a feature (hybrid). 2.9 M pairs: 46 MB, with tau and v
-        93 MB; 400 M pairs: 6.4 or 12.8 GB on every rank; hybrid at D = 512: 1.6 TB.
-Shapes: N_I, N_T images and captions of the data set, B global batch, b rows of this rank, D width.
-        A loss sees one direction: its S is (b, B), this rank's anchors against the whole batch.
+Labels used:  none; images and captions.
+State kept:   the network; per image and per caption, float32: log u, and b where eps e^b is the
+              floor; tau and v (sogclr-dro, isogclr, isogclr-v2); a feature (hybrid). 2.9 M pairs:
+              46 MB, with tau and v 93 MB; 400 M pairs: 6.4 or 12.8 GB in every process; hybrid at
+              D = 512: 1.6 TB.
+Shapes:       N_I, N_T images and captions of the data set, B global batch, b rows of this process,
+              D feature width. A loss sees one direction of the whole batch, S (B, B).
+Memory:       every process holds B x B matrices: forward and backward of sogclr took 32 MiB at
+              B = 1,024 and 1.6 GiB at 8,192 (measured, CPU, D = 128), that is 6.5 matrices of
+              float32; at 32,768 that makes 26 GiB (by arithmetic). But these losses exist so that
+              B can be small.
 
     torchrun --standalone --nproc_per_node=2 sogclr_clip.py                  # demo on 2 CPU cores
     torchrun --standalone --nproc_per_node=2 sogclr_clip.py --loss clip --out runs/clip
     python sogclr_clip.py --recipe flickr8k --batch-size 32                  # real images, CPU
+    python sogclr_clip.py --recipe cc3m --data-dir DIR --micro-batch 64      # one small GPU
     torchrun --nproc_per_node=2 sogclr_clip.py --recipe cc3m --data-dir DIR --loss isogclr
     torchrun --nproc_per_node=8 sogclr_clip.py --recipe fastclip-cc3m --data-dir DIR
     python sogclr_clip.py --evaluate runs/sogclr_clip-demo-seed0/checkpoint.pt
@@ -45,6 +51,7 @@ import json
 import math
 import os
 import re
+import textwrap
 import zlib
 from pathlib import Path
 
@@ -116,10 +123,15 @@ TINY = {  # towers for a CPU, built by open_clip's own classes
 
 # ---------------------------------------------------------------------------------- loss
 
-# One direction each: `own` (b,) int64 is the column of an anchor's own pair, `negative` (b, B) its
-# negatives; log_u (-inf: never seen), b, tau are per anchor. gamma: a number, or (b,), 1 where u is
-# not known. Losses are scalars, means over the b anchors; new values of the state, and G, come
-# without gradient.
+# Most losses see one direction: row i of S (B, B) belongs to anchor i, column i to its own pair,
+# and negative (B, B) bool marks its negatives. log_u (-inf: never seen), b and tau are per anchor,
+# (B,). gamma is a number, or (B,) with 1 where u is not known. Losses are scalars, means over the
+# anchors; new values of the state, and G, have no gradient. Features are unit-norm (VICReg: raw).
+
+
+def upcast(x):
+    """float16 and bfloat16 become float32, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def log_(x):
@@ -127,28 +139,21 @@ def log_(x):
     return math.log(x) if x > 0 else -math.inf
 
 
-def negatives(own, B, same=None):
-    """Mask (b, B) bool of the negatives: neither the own pair nor `same` (b, B), its repeats.
-    Raises: ValueError for fewer than two pairs, or a row without a negative."""
-    if B < 2:
-        raise ValueError("a batch of 1 has no negatives: at least 2 pairs are needed")
-    negative = torch.ones(len(own), B, dtype=torch.bool, device=own.device)
-    negative.scatter_(1, own[:, None], False)
-    if same is not None:
-        negative &= ~same
-        if not negative.any(1).all():
-            raise ValueError("a pair of the batch has no negative: all others repeat it")
-    return negative
+def own_pairs(S):
+    """Mask (B, B) bool of the own pairs: the diagonal."""
+    return torch.eye(len(S), dtype=torch.bool, device=S.device)
 
 
-def diagonal(S, own):
-    """d (b,): similarity of the own pairs."""
-    return S.gather(1, own[:, None])[:, 0]
+def duplicate_mask(p, text):
+    """Mask (B, B) bool of pairs with the same image p (B,), or the same caption text (B,); the own
+    pair is one of them."""
+    return (p[:, None] == p) | (text[:, None] == text)
 
 
-def difference(S, own):
-    """D_ij = S_ij - d_i (E4), (b, B)."""
-    return S - diagonal(S, own)[:, None]
+def difference(S):
+    """D_ij = S_ij - d_i (E4)."""
+    S = upcast(S)
+    return S - S.diagonal()[:, None]
 
 
 def log_average(log_old, log_new, gamma):
@@ -157,80 +162,79 @@ def log_average(log_old, log_new, gamma):
     return torch.logaddexp(torch.log(1 - gamma) + log_old, torch.log(gamma) + log_new)
 
 
-def log_mean(z, terms, n):
-    """log g (b,): log of 1/n times the sum of e^z over `terms` (E6)."""
-    return z.masked_fill(~terms, -math.inf).logsumexp(1) - n.log()
-
-
-def weighted(V, z, log_den, terms, n):
-    """1/n sum_j w_ij V_ij and 1/n sum_j w_ij z_ij, (b,) each; w = e^{z - log_den} (E8)."""
-    w = torch.exp(z - log_den[:, None]).masked_fill(~terms, 0) / n[:, None]
-    return (w * V).sum(1), (w * z).sum(1)
-
-
 def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=None):
     """What the losses with u have in common.
 
-    Args: V (b, B) what is weighted, with gradient; z (b, B); floor: log of what is added to u, a
-    number or (b,); terms: what is in the sums, the negatives by default. n counts negatives.
+    Args: V (B, B) what is weighted, with gradient; z (B, B); floor: log of what is added to u, a
+    number or (B,); terms: what is in the sums, by default the negatives. n counts negatives.
     Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij."""
     n, terms = negative.sum(1).to(z.dtype), negative if terms is None else terms
-    log_u = log_average(log_u, log_mean(z, terms, n), gamma)  # E6, E7 as E10
+    log_g = z.masked_fill(~terms, -math.inf).logsumexp(1) - n.log()  # E6
+    log_u = log_average(log_u, log_g, gamma)  # E7 as E10
     log_den = add(log_u, torch.as_tensor(floor, dtype=z.dtype, device=z.device))  # E11
-    L, mean_z = weighted(V, z, log_den, terms, n)  # E8
-    return L.mean(), log_u, log_den, mean_z  # E9
+    w = torch.exp(z - log_den[:, None]).masked_fill(~terms, 0) / n[:, None]  # E8
+    return (w * V).sum(1).mean(), log_u, log_den, (w * z).sum(1)  # E9
 
 
-def clip(S, own, negative, tau, reduction="mean"):
-    """Cross-entropy of the own pair in its row (E1); CLIP is the mean of both directions.
-    Args: S (b, B); tau, a number or one per row (b, 1). Returns: scalar, or (b,) with "none"."""
+def cross_entropy(S, negative, tau):
+    """CE (B,) of the own pair in each row of S / tau; tau is a number, or one per row (B, 1)."""
     # differs from the released code: there tau of row i divides column i ("personalized")
-    logits = (S / tau).masked_fill(~negative.scatter(1, own[:, None], True), -math.inf)
-    return F.cross_entropy(logits, own, reduction=reduction)
+    logits = (upcast(S) / tau).masked_fill(~(negative | own_pairs(S)), -math.inf)
+    return -logits.log_softmax(1).diagonal()
 
 
-def cyclip(S_I, S_T, R_I, R_T, inside=0.25, cross=0.25):
-    """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries, both directions at once.
-    Args: (b, B) each: image-text, text-image, image-image, text-text similarities of this rank."""
-    return (inside * (R_I - R_T).square().sum() + cross * (S_I - S_T).square().sum()) / len(S_I)
+def clip(S, negative, tau_I, tau_T):
+    """CLIP (E1) of image-text similarities S (B, B), both directions. Returns: scalar."""
+    return (cross_entropy(S, negative, tau_I) + cross_entropy(S.T, negative, tau_T)).mean() / 2
+
+
+def cyclip(S, R_I, R_T, inside=0.25, cross=0.25):
+    """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries.
+    Args: image-text, image-image and text-text similarities (B, B). Returns: scalar."""
+    S, R_I, R_T = upcast(S), upcast(R_I), upcast(R_T)
+    return (inside * (R_I - R_T).square().sum() + cross * (S - S.T).square().sum()) / len(S)
 
 
 def decorrelation(Z):
     """1/D sum_{k != l} C_kl^2 of the unbiased covariance of Z (B, D) (E3, E23b)."""
+    Z = upcast(Z)
     Z = Z - Z.mean(0)
     C = Z.T @ Z / (len(Z) - 1)
     return (C.square().sum() - C.diagonal().square().sum()) / Z.shape[1]
 
 
 def vicreg(Z_I, Z_T, sim=25.0, std=25.0, cov=1.0):
-    """VICReg (E3) of the raw features (B, D) of the global batch."""
+    """VICReg (E3) of the raw features (B, D). Returns: scalar."""
+    Z_I, Z_T = upcast(Z_I), upcast(Z_T)
     spread = [F.relu(1 - torch.sqrt(Z.var(0) + 1e-4)).mean() / 2 for Z in (Z_I, Z_T)]
     return (sim * F.mse_loss(Z_I, Z_T) + std * sum(spread)
             + cov * (decorrelation(Z_I) + decorrelation(Z_T)))
 
 
-def sogclr(D, negative, log_u, b, tau, gamma, eps=1e-8):
-    """SogCLR (E4 to E11); D from `difference`. eps: the floor is eps e^b, and may be 0.
-    Returns: L, log_u, b."""
+def sogclr(S, negative, log_u, b, tau, gamma, eps=1e-8):
+    """SogCLR (E4 to E11). eps: the floor is eps e^b, and may be 0. Returns: L, log_u, b."""
+    D = difference(S)
     z = D.detach() / tau  # E4
     b = torch.maximum(b, z.amax(1))  # E5
     L, log_u, *_ = estimate(D, z, log_u, gamma, negative, log_(eps) + b)
     return L, log_u, b
 
 
-def sogclr_dro(D, own, negative, log_u, b, tau, gamma, rho, eps=1e-10):
+def sogclr_dro(S, negative, log_u, b, tau, gamma, rho, eps=1e-10):
     """iSogCLR as first released: the pair itself is in the sum, but n = B - 1.
     Returns: L, log_u, b, G."""
+    D = difference(S)
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
     L, log_u, _, mean_z = estimate(D, z, log_u, gamma, negative, log_(eps) + b,
-                                   terms=negative.scatter(1, own[:, None], True))
+                                   terms=negative | own_pairs(S))
     return L, log_u, b, log_u + rho - mean_z  # E12
 
 
-def isogclr(D, negative, log_u, b, tau, gamma, rho, eps=1e-14):
+def isogclr(S, negative, log_u, b, tau, gamma, rho, eps=1e-14):
     """iSogCLR with stored temperatures, or those of a network. Returns: L, log_u, b, G.
     As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G."""
+    D = difference(S)
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
     floor = log_(eps) - negative.sum(1).to(z.dtype).log() + b
@@ -238,84 +242,95 @@ def isogclr(D, negative, log_u, b, tau, gamma, rho, eps=1e-14):
     return L, log_u, b, log_den + rho - mean_z  # E12
 
 
-def isogclr_v1(S, own, negative, log_u, tau, gamma, rho):
+def isogclr_v1(S, negative, log_u, tau, gamma, rho):
     """The variant that does not subtract d: z = S/tau, no eps. Returns: L, log_u, G."""
-    z = S.detach() / tau[:, None]
-    L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, -math.inf)
-    return L - diagonal(S, own).mean(), log_u, log_u + rho - mean_z
+    S = upcast(S)
+    L, log_u, _, mean_z = estimate(S, S.detach() / tau[:, None], log_u, gamma, negative, -math.inf)
+    return L - S.diagonal().mean(), log_u, log_u + rho - mean_z  # E12
 
 
-def isogclr_v2(S, own, negative, log_u, b, log_r, tau, gamma, rho, lambd=1.0, eps=1e-8):
+def isogclr_v2(S, negative, log_u, b, log_r, tau, gamma, rho, lambd=1.0, eps=1e-8):
     """The variant with DRO on the positives too (E20). Returns: L, log_u, b, G.
     log_r: log of r e^b_pos after this step, the average of what `positives` gives."""
-    z, d = S.detach() / tau[:, None], diagonal(S, own)
+    S = upcast(S)
+    z, d = S.detach() / tau[:, None], S.diagonal()
     b = torch.maximum(b, z.amax(1))
     L, log_u, _, mean_z = estimate(S, z, log_u, gamma, negative, log_(eps) + b)
     w = torch.exp(-2 * d.detach() / lambd - log_r)  # e^{a - b_pos} / r
-    return L - (w * d).mean(), log_u, b, log_u + rho - mean_z  # E20
+    return L - (w * d).mean(), log_u, b, log_u + rho - mean_z  # E20, E12
 
 
 def positives(d, lambd=1.0):
-    """log mean e^a, a = -2 d / lambda, over the global batch d (B,) (E20)."""
-    return (-2 * d / lambd).logsumexp(0) - math.log(len(d))
+    """log mean e^a, a = -2 d / lambda, of the own pairs d (B,) (E20)."""
+    return (-2 * upcast(d) / lambd).logsumexp(0) - math.log(len(d))
 
 
 def temperature_step(tau, v, G, beta, eta, bounds, clamp=5.0):
-    """Momentum step of the per-sample temperatures: new tau, v (b,) (E13, E14)."""
+    """Momentum step of the per-sample temperatures: new tau, v (B,) (E13, E14)."""
     v = (1 - beta) * v + beta * G.clamp(-clamp, clamp)  # E13
     return (tau - eta * v).clamp(*bounds), v  # E14
 
 
-def online_sums(S, own, negative, tau):
-    """This rank's part of E21 (2,): log sum of e^{S/tau} over negatives, and of e^{-d/(10 tau)}."""
-    return torch.stack([(S / tau).masked_fill(~negative, -math.inf).logsumexp((0, 1)),
-                        (-diagonal(S, own) / (10 * tau)).logsumexp(0)])
+def onlineclr(S, negative, log_n, log_p, tau, gamma):
+    """onlineCLR, both directions: sums, not means. log_n, log_p: averages of the whole data set,
+    scalars, -inf at first. Returns: L, log_n, log_p."""
+    S = upcast(S)
+    z, d = (S.detach() / tau).masked_fill(~negative, -math.inf), S.diagonal()
+    z_p = -d.detach() / (10 * tau)
+    log_n = log_average(log_n, z.logsumexp((0, 1)) + math.log(2), gamma)  # E21
+    log_p = log_average(log_p, z_p.logsumexp(0) + math.log(2), gamma)
+    L = (torch.exp(z - log_n) * S).sum() - (torch.exp(z_p - log_p) * d).sum()
+    return 2 * L, log_n, log_p  # E22
 
 
-def onlineclr(S, own, negative, log_n, log_p, tau):
-    """onlineCLR (E22): sums, not means, hence B/b. log_n, log_p: the averages after this step."""
-    d = diagonal(S, own)
-    w = torch.exp(S.detach() / tau - log_n).masked_fill(~negative, 0)
-    w_p = torch.exp(-d.detach() / (10 * tau) - log_p)
-    return ((w * S).sum() - (w_p * d).sum()) * S.shape[1] / len(S)
-
-
-def info_sogclr(D, negative, log_u, tau, gamma, floor=0.0):
+def info_sogclr(S, negative, log_u, tau, gamma, floor=0.0):
     """InfoSogCLR. Derived here: nothing but the name of this loss is public.
 
     InfoNCE over the data set has the pair itself in its denominator, 1 + (N - 1) u, so the floor
-    is 1/(N - 1) (E27), N the number of texts for an image; 0 is SogCLR without eps.
-    Returns: L, log_u."""
+    is 1/(N - 1) (E27), N the number of texts for an image; 0 is SogCLR without eps. S may have
+    further columns, (B, B + K), of negatives that are not in the batch. Returns: L, log_u."""
+    D = difference(S)
     return estimate(D, D.detach() / tau, log_u, gamma, negative, log_(floor))[:2]
 
 
-def mine(S, own, negative, log_v, tau):
-    """Half of L_mine (E25): Donsker-Varadhan, one normaliser v for all pairs. "mine" read as MINE:
-    derived here. log_v: the average of E24 after this step."""
-    n = negative.sum(1).to(S.dtype)
-    L, _ = weighted(S, S.detach() / tau, log_v.expand(len(S)), negative, n)
-    return (L - diagonal(S, own)).mean()
+def mine(S, negative, log_v, tau, gamma):
+    """L_mine, both directions: Donsker-Varadhan, one normaliser v for all pairs, a scalar, -inf at
+    first. "mine" read as MINE: derived here. Returns: L, log_v."""
+    S, n = upcast(S), negative.sum(1).to(log_v.dtype)
+    z = (S.detach() / tau).masked_fill(~negative, -math.inf)
+    g = z.logsumexp(1) - n.log()
+    log_v = log_average(log_v, g.logsumexp(0) - math.log(len(g)), gamma)  # E24
+    w = torch.exp(z - log_v) * (1 / n[:, None] + 1 / n)
+    return (w * S).sum() / len(S) - 2 * S.diagonal().mean(), log_v  # E25
 
 
-def difficulty(S_I, S_T, own, negative, d, tau):
-    """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau) over the global d (B,).
-    Times B/b: the gradients of the ranks are averaged."""
-    a = (-d.detach() / tau).softmax(0)[own]
-    ce = [clip(S, own, negative, tau, "none") for S in (S_I, S_T)]
-    return (a * (ce[0] + ce[1]) / 2).sum() * len(d) / len(own)
+def difficulty(S, negative, tau):
+    """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau). Returns: scalar."""
+    a = (-upcast(S).diagonal().detach() / tau).softmax(0)
+    return (a * (cross_entropy(S, negative, tau) + cross_entropy(S.T, negative, tau)) / 2).sum()
 
 
-def siglip(S, own, negative, s, c):
-    """SigLIP: -1/B sum_ij logsigmoid(y_ij (s S_ij + c)), y = 1 for the pair, else -1."""
-    y = (-negative.to(S.dtype)).scatter(1, own[:, None], 1)  # 0 for repeats
+def siglip(S, negative, s, c):
+    """SigLIP: -1/B sum_ij logsigmoid(y_ij (s S_ij + c)), y = 1 for the pair, else -1; repeats are
+    left out. Returns: scalar."""
+    S = upcast(S)
+    y = torch.eye(len(S), dtype=S.dtype, device=S.device) - negative.to(S.dtype)  # 0 for repeats
     return -(F.logsigmoid(y * (s * S + c)) * y.abs()).sum() / len(S)
 
 
-def fastclip(D, negative, log_u, tau, gamma, rho, eps=1e-14):
+def fastclip(S, negative, log_u, tau, gamma, rho, eps=1e-14):
     """FastCLIP: weights e^z / (eps + u). Returns: L, whose gradient is that of tau log(eps + u);
-    log_u; G (b,), whose means of both directions add up to the derivative of v3 in tau."""
+    log_u; G (B,), whose means of both directions add up to the derivative of v3 in tau."""
+    D = difference(S)
     L, log_u, log_den, mean_z = estimate(D, D.detach() / tau, log_u, gamma, negative, log_(eps))
     return L, log_u, log_den + rho - mean_z
+
+
+def first_visit(log_u, epoch, gamma):
+    """gamma per entry of log_u: 1 in epoch 0, and where u is not known yet."""
+    # differs from the released code: there a first visit later on gives u = gamma g
+    return torch.full_like(log_u, 1.0 if epoch == 0 else gamma).masked_fill_(
+        log_u == -math.inf, 1.0)
 
 
 def gamma_at(epoch, epochs, gamma, schedule):
@@ -336,7 +351,7 @@ def eta_at(epoch, epochs, eta, schedule, eta_min=1e-4):
 # ---------------------------------------------------------------------------------- captions
 
 
-def clean(caption, words=30):
+def clean_caption(caption, words=30):
     """The authors' caption cleaner."""
     caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
     caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
@@ -367,7 +382,7 @@ class Pairs:
     int32. captions, N texts, cleaned; distinct, how many differ; images, a row of every image.
     """
 
-    def __init__(self, table, tokenizer, device, prepare=clean):
+    def __init__(self, table, tokenizer, device, prepare=clean_caption):
         if table.captions is None:
             raise common.BadInput("the data set has no captions: use --dataset shapes or captions")
         p = table.columns.get("image_id", torch.arange(len(table))).unique(return_inverse=True)[1]
@@ -387,7 +402,7 @@ def in_memory(data, table, limit=20000):
     if table.paths is None or ids is None or len(rows := first_rows(ids)) > limit:
         return
     side = round(1.5 * data.args.image_size)
-    pixels = torch.cat([x.byte() for x in data.still_batches(table, rows, side, True)])
+    pixels = torch.cat([x.byte() for x in data.eval_batches(table, rows, side, True)])
     table.images = Shared(pixels, ids.unique(return_inverse=True)[1].to(data.device))
 
 
@@ -421,7 +436,7 @@ def towers(args):
         raise common.BadInput(f"--model {args.model}: use {', '.join(TINY)} or a name of "
                               "open_clip.list_models()")
     if file:  # a checkpoint of this file, or weights as open_clip saves them
-        weights = common.read_checkpoint(args.pretrained)
+        weights = common.load_checkpoint(args.pretrained)
         weights = weights.get("state", weights).get("model", weights.get("state_dict", weights))
         try:
             clip.load_state_dict({k.removeprefix("module.").removeprefix("clip."): v
@@ -433,7 +448,8 @@ def towers(args):
 
 
 class Towers(nn.Module):
-    """Both encoders: images (n, 3, S, S), tokens (n, L) to features (n, D), unit-norm or raw."""
+    """Both encoders: images (b, 3, S, S) and tokens (b, L), or one of them and None, to a pair of
+    features (b, D), unit-norm or raw, with None for None."""
 
     def __init__(self, clip, unit=True):
         super().__init__()
@@ -442,11 +458,10 @@ class Towers(nn.Module):
             if name in ("logit_scale", "logit_bias"):  # the temperature is part of the loss here
                 parameter.requires_grad_(False)
 
-    def forward(self, images=None, tokens=None):
-        """Either, or both."""
-        out = [] if images is None else [self.clip.encode_image(images)]
-        out += [] if tokens is None else [self.clip.encode_text(tokens)]
-        return [F.normalize(y.float(), dim=1) if self.unit else y.float() for y in out]
+    def forward(self, images, tokens=None):
+        x = None if images is None else self.clip.encode_image(images).float()
+        t = None if tokens is None else self.clip.encode_text(tokens).float()
+        return tuple(F.normalize(y, dim=1) if y is not None and self.unit else y for y in (x, t))
 
 
 class TempNet(nn.Module):
@@ -478,7 +493,7 @@ class TempNet(nn.Module):
 
 
 class Table(nn.Module):
-    """State per id of one modality, as buffers (N, ...) in the checkpoint, equal on all ranks."""
+    """State per id of one modality: buffers (N, ...), in the checkpoint, equal in all processes."""
 
     def __init__(self, N, **initial):
         super().__init__()
@@ -487,24 +502,23 @@ class Table(nn.Module):
             self.register_buffer(name, torch.full((N,), float(value)))
 
     def __getitem__(self, ids):
-        """The state of the ids (b,). Raises: IndexError for an id that is not in [0, N)."""
-        if (bad := ids[(ids < 0) | (ids >= self.N)]).numel():
-            raise IndexError(f"id {bad[0].item()} is not in [0, {self.N}), the ids of the data set")
+        """The state of the ids (B,)."""
         return {name: x[ids] for name, x in self.named_buffers()}
 
     def write(self, ids, values):
-        """New values (b, ...) of this rank's ids, taken over by all ranks. Where an id is more
-        than once in the global batch, its last row counts, as in the released code on a CPU."""
-        ids = common.gather(ids)
-        last = len(ids) - 1 - first_rows(ids.flip(0))
+        """New values (B, ...) of the ids (B,). The last row of a repeated id counts, as in the
+        released code on a CPU."""
+        ordered, order = ids.sort(stable=True)
+        last = order[torch.searchsorted(ordered, ids, right=True) - 1]  # (B,) last row of each id
         for name, value in values.items():
-            getattr(self, name)[ids[last]] = common.gather(value)[last]
+            getattr(self, name)[ids] = value[last]
 
 
 class Objective(nn.Module):
     """All of a loss but the towers: per-sample state, learnable temperature, and one step.
 
-    The parameters are in no DDP: `average_gradients` makes their gradients those of one process.
+    Every process computes the loss of the whole batch, so the parameters need no DDP: their
+    gradients are the same everywhere.
     """
 
     def __init__(self, args, pairs, D):
@@ -542,107 +556,82 @@ class Objective(nn.Module):
         if state != self.about:
             raise ValueError(f"its tables belong to other data: {state}, here {self.about}")
 
-    def forward(self, x, t, p, q, own, step, epoch, same=None):
-        """Loss of this rank's pairs, and what to log: scalars, to be averaged over the ranks.
+    def forward(self, X, Y, p, q, negative, step, epoch):
+        """Loss of the batch, and scalars for the log. `update` writes the new state.
 
-        Args: x, t (b, D) features; p, q (b,) ids; own (b,) rows in the global batch; step; epoch
-        from 0; same (b, B) mask of repeats, or None.
-        `update` writes the new state, once the loss is known to be finite.
+        Args: X, Y (B, D) features of images and texts; p, q (B,) their ids; negative (B, B) bool,
+        symmetric; step; epoch from 0.
         """
         args, loss = self.args, self.args.loss
-        X, Y = common.gather(x), common.gather(t)  # (B, D), with gradient
-        common.all_finite(step, image_tower=X, text_tower=Y)
-        try:
-            negative = negatives(own, len(X), same)
-        except ValueError as error:
-            raise common.RunFailed(f"step {step}: {error}; use a larger --batch-size",
-                                   alone=True) from None
-        S_I, S_T = x @ Y.T, t @ X.T  # (b, B) each: this rank's rows and columns of S
         self.pending, self.scalars = [], {}
         for name, parameter in self.named_parameters():
             if name.startswith("tau"):  # kept in its bounds before every use
                 parameter.data.clamp_(*args.tau_bounds)
         if loss == "vicreg":
             return vicreg(X, Y), {}
+        S = X @ Y.T  # (B, B)
         if loss == "siglip":
             s = self.log_s.exp()
-            return siglip(S_I, own, negative, s, self.c), dict(tau=1 / s)
+            return siglip(S, negative, s, self.c), dict(tau=1 / s)
         if loss in ("clip", "cyclip"):
-            tau_I = tau_T = self.tau if args.learn_tau == "global" else x.new_full((), args.tau)
+            tau_I = tau_T = self.tau if args.learn_tau == "global" else X.new_full((), args.tau)
             if args.learn_tau == "sample":
                 tau_I, tau_T = self.tau_I[p][:, None], self.tau_T[q][:, None]
-            L = (clip(S_I, own, negative, tau_I) + clip(S_T, own, negative, tau_T)) / 2
+            L = clip(S, negative, tau_I, tau_T)
             if loss == "cyclip":
-                L = L + cyclip(S_I, S_T, x @ X.T, t @ Y.T)
+                L = L + cyclip(S, X @ X.T, Y @ Y.T)
             return L, dict(tau=tau_I.mean())
         gamma = gamma_at(epoch, args.epochs, args.gamma, args.gamma_schedule)
-        self.scalars = self.averages(S_I, own, negative, gamma, epoch)
-        stats = dict(gamma=x.new_full((), gamma, dtype=torch.float64))
-        rest = own, negative, gamma, step, epoch
+        stats = dict(gamma=X.new_full((), gamma, dtype=torch.float64))
         if loss == "onlineclr":
-            L_I, L_T = (onlineclr(S, own, negative, **self.scalars, tau=args.tau)
-                        for S in (S_I, S_T))
-            return L_I + L_T, stats
-        I, T = ("I", x, p, S_I), ("T", t, q, S_T)
+            L, log_n, log_p = onlineclr(S, negative, self.log_n, self.log_p, args.tau, gamma)
+            self.scalars = dict(log_n=log_n, log_p=log_p)
+            return L, stats
         if loss == "hybrid":
-            return self.hybrid(I, T, X, Y, *rest)
-        (L_I, of_I), (L_T, of_T) = self.direction(*I, *rest), self.direction(*T, *rest)
-        stats.update(of_I, **of_T)
-        if loss == "sogclr-mine":  # estimates of the mutual information in nats, not bounds
+            return self.hybrid(X, Y, p, q, S, negative, gamma, step, epoch)
+        if loss == "isogclr-v2":
+            self.scalars["log_r"] = log_average(self.log_r, positives(S.diagonal().detach()),
+                                                first_visit(self.log_r, epoch, gamma))
+        L_I, stats_I = self.direction("I", X, p, S, negative, gamma, step, epoch)
+        L_T, stats_T = self.direction("T", Y, q, S.T, negative, gamma, step, epoch)
+        L, stats = L_I + L_T, dict(stats, **stats_I, **stats_T)
+        if loss == "sogclr-mine":
+            L_mine, log_v = mine(S, negative, self.log_v, args.tau,
+                                 first_visit(self.log_v, epoch, gamma))
+            self.scalars["log_v"] = log_v
+            L = (1 - args.lambda_mi) * L + args.lambda_mi * L_mine  # E26
+            # estimates of the mutual information in nats, not bounds
             stats["mi_gcl"] = -(stats["log_u_I"] + stats["log_u_T"]) / 2
-            stats["mi_dv"] = diagonal(S_I, own).mean() / args.tau - self.scalars["log_v"]
-        return L_I + L_T, stats
+            stats["mi_dv"] = S.diagonal().mean() / args.tau - log_v
+        return L, stats
 
-    @torch.no_grad()
-    def averages(self, S, own, negative, gamma, epoch):
-        """New values of what is one average for the whole data set, from all ranks' rows."""
-        tau, loss = self.args.tau, self.args.loss
-        if loss == "onlineclr":  # E21
-            n, p = common.gather(online_sums(S, own, negative, tau)[None]).logsumexp(0)
-            return dict(log_n=log_average(self.log_n, n + math.log(2), gamma),
-                        log_p=log_average(self.log_p, p + math.log(2), gamma))
-        if loss == "sogclr-mine":  # E24
-            g = common.gather(log_mean(S / tau, negative, negative.sum(1).to(S.dtype)))  # (B,)
-            return dict(log_v=log_average(self.log_v, g.logsumexp(0) - math.log(len(g)),
-                                          self.first_visit(self.log_v, epoch, gamma)))
-        if loss == "isogclr-v2":  # E20
-            return dict(log_r=log_average(self.log_r, positives(common.gather(diagonal(S, own))),
-                                          self.first_visit(self.log_r, epoch, gamma)))
-        return {}
-
-    def direction(self, name, f, ids, S, own, negative, gamma, step, epoch):
-        """Loss of one direction, "I" or "T", with features f (b, D), and what to log."""
-        args, loss, table = self.args, self.args.loss, getattr(self, name)
-        old, D, G = table[ids], difference(S, own), None
-        u, b, tau = old["log_u"], old.get("b"), old.get("tau", args.tau)  # (b,), or a number
-        gamma, rho, eps = self.first_visit(u, epoch, gamma), args.rho, args.eps
+    def direction(self, side, f, ids, S, negative, gamma, step, epoch):
+        """Loss of one direction, "I" or "T", with features f (B, D), and scalars for the log."""
+        args, loss, table, G = self.args, self.args.loss, getattr(self, side), None
+        old = table[ids]
+        u, b, tau = old["log_u"], old.get("b"), old.get("tau", args.tau)  # (B,), or a number
+        gamma, rho, eps = first_visit(u, epoch, gamma), args.rho, args.eps
+        if loss in ("isogclr-tempnet", "isogclr-v1"):
+            tau = self.predict(side, f.detach(), step)  # (B,), with gradient
         if loss == "sogclr":
-            L, u, b = sogclr(D, negative, u, b, tau, gamma, eps)
+            L, u, b = sogclr(S, negative, u, b, tau, gamma, eps)
         elif loss == "sogclr-dro":
-            L, u, b, G = sogclr_dro(D, own, negative, u, b, tau, gamma, rho, eps)
-        elif loss == "isogclr":
-            L, u, b, G = isogclr(D, negative, u, b, tau, gamma, rho, eps)
-        elif loss == "isogclr-v2":
-            L, u, b, G = isogclr_v2(S, own, negative, u, b, self.scalars["log_r"], tau, gamma,
-                                    rho, eps=eps)
-        elif loss == "isogclr-tempnet":
-            tau = self.predict(name, f.detach(), own, step)  # (b,), with gradient
-            L, u, b, G = isogclr(D, negative, u, b, tau.detach(), gamma, rho, eps)
-            L = L + (G * tau).mean()  # only this trains the network; G is not clipped
+            L, u, b, G = sogclr_dro(S, negative, u, b, tau, gamma, rho, eps)
+        elif loss in ("isogclr", "isogclr-tempnet"):
+            L, u, b, G = isogclr(S, negative, u, b, tau.detach(), gamma, rho, eps)
         elif loss == "isogclr-v1":
-            tau = self.predict(name, f.detach(), own, step)
-            L, u, G = isogclr_v1(S, own, negative, u, tau.detach(), gamma, rho)
-            L = L + (G * tau).mean()
+            L, u, G = isogclr_v1(S, negative, u, tau.detach(), gamma, rho)
+        elif loss == "isogclr-v2":
+            L, u, b, G = isogclr_v2(S, negative, u, b, self.scalars["log_r"], tau, gamma, rho,
+                                    eps=eps)
         elif loss == "fastclip":
             tau = self.tau
-            L, u, G = fastclip(D, negative, u, tau.detach(), gamma, rho, eps)
-            L = L + G.mean() * tau
+            L, u, G = fastclip(S, negative, u, tau.detach(), gamma, rho, eps)
         elif loss == "sogclr-mine":
-            N = (self.T if name == "I" else self.I).N  # texts for an image, images for a text
-            L, u = info_sogclr(D, negative, u, tau, gamma, floor=1 / max(1, N - 1))
-            if args.lambda_mi > 0:
-                other = mine(S, own, negative, self.scalars["log_v"], tau)
-                L = (1 - args.lambda_mi) * L + args.lambda_mi * other  # E26
+            N = (self.T if side == "I" else self.I).N  # texts for an image, images for a text
+            L, u = info_sogclr(S, negative, u, tau, gamma, floor=1 / max(1, N - 1))
+        if loss in ("isogclr-tempnet", "isogclr-v1", "fastclip"):
+            L = L + (G * tau).mean()  # only this trains tau or its network; G is not clipped
         new = dict(log_u=u) if b is None else dict(log_u=u, b=b)
         if "tau" in old:
             eta = eta_at(epoch, args.epochs, args.eta, args.eta_schedule)
@@ -651,73 +640,56 @@ class Objective(nn.Module):
                                                     args.tau_bounds, clamp)
         self.pending.append((table, ids, new))
         shown = new if G is None else dict(new, tau=tau)  # tau of this step, not the new one
-        return L, {f"{k}_{name}": v.mean() for k, v in shown.items() if k != "b"}
+        return L, {f"{k}_{side}": v.mean() for k, v in shown.items() if k != "b"}
 
-    def predict(self, name, f, own, step):
-        """tau (b,) of a network; its first prototypes are features of the first batch."""
-        net = getattr(self, f"net_{name}")
+    def predict(self, side, f, step):
+        """tau (B,) of a network; its first prototypes are features of the first batch."""
+        net = getattr(self, f"net_{side}")
         if step == 0:
             with torch.no_grad():
-                h = net.hidden(common.gather(f))[:len(net.prototypes)]
+                h = net.hidden(f)[:len(net.prototypes)]
                 net.prototypes[:len(h)] = h
-        draw = torch.rand(self.args.batch_size, f.shape[1], generator=common.generator(
-            self.args.seed, step, f"dropout {name}"))
-        return net(f, (draw >= net.dropout).to(f.device)[own])
+        draw = torch.rand(f.shape, generator=common.generator(
+            self.args.seed, step, f"dropout {side}"))
+        return net(f, (draw >= net.dropout).to(f.device))
 
-    def hybrid(self, I, T, X, Y, own, negative, gamma, step, epoch):
+    def hybrid(self, X, Y, p, q, S, negative, gamma, step, epoch):
         """HybridSogCLR as intended (E23a-c). The reading of its mathematics is this project's:
         the released code computes something else, and on most steps nothing."""
-        (B, D), S_I, S_T = X.shape, I[-1], T[-1]
-        with torch.no_grad():  # unbiased std of all B^2 similarities
-            mean = common.total(S_I.sum()) / B ** 2
-            std = (common.total((S_I - mean).square().sum()) / (B ** 2 - 1)).sqrt()
-            tau = self.args.tau * (1 + std.tanh())
-        base = 0.0
-        for (name, f, ids, S), (other, _, others, _) in ((I, T), (T, I)):
-            table, bank = getattr(self, name), getattr(self, other)
+        B, D = X.shape
+        tau, base = self.args.tau * (1 + S.detach().std().tanh()), 0.0
+        for f, ids, table, sims, others, bank in ((X, p, self.I, S, q, self.T),
+                                                  (Y, q, self.T, S.T, p, self.I)):
             old = table[ids]
-            u, row = old["log_u"], old["bank"]
-            rows = self.bank_rows(bank, common.gather(others), step)
-            S = torch.cat([S, f @ bank.bank[rows].T], 1)  # (b, B + K)
-            mask = torch.cat([negative, negative.new_ones(len(S), len(rows))], 1)
-            L, log_u = info_sogclr(difference(S, own), mask, u, tau,
-                                   self.first_visit(u, epoch, gamma))  # E23a
+            rows, usable = self.bank_rows(bank, others, step)
+            wide = torch.cat([sims, f @ bank.bank[rows].T], 1)  # (B, B + K)
+            mask = torch.cat([negative, usable.expand(B, -1)], 1)
+            L, log_u = info_sogclr(wide, mask, old["log_u"], tau,
+                                   first_visit(old["log_u"], epoch, gamma))  # E23a
             base = base + L
-            row = bank_row(row, f.detach(), u > -math.inf, 0.5)
+            row = bank_row(old["bank"], f.detach(), old["log_u"] > -math.inf, 0.5)
             self.pending.append((table, ids, dict(log_u=log_u, bank=row)))
         cov = decorrelation(D ** 0.5 * X) + decorrelation(D ** 0.5 * Y)  # E23b
-        d = common.gather(diagonal(S_I.detach(), own))
-        diff = difficulty(S_I, S_T, own, negative, d, tau)  # E23c
+        diff = difficulty(S, negative, tau)  # E23c
         # 0.1 tau: base is in units of similarity, diff in nats
         return base + 0.1 * cov + 0.1 * tau * diff, dict(tau=tau, base=base, cov=cov, diff=diff)
 
     def bank_rows(self, table, batch, step, K=1024):
-        """At most K random rows of a bank that were seen, and are not in this batch."""
-        drawn = torch.arange(table.N)
+        """At most K random rows of a bank, and a mask of those that are usable: seen before, and
+        not in this batch."""
+        rows = torch.arange(table.N)
         if table.N > K:
-            drawn = torch.randint(table.N, (K,), generator=common.generator(
+            rows = torch.randint(table.N, (K,), generator=common.generator(
                 self.args.seed, step, "bank")).unique()
-        drawn = drawn.to(batch.device)
-        return drawn[(table.log_u[drawn] > -math.inf) & ~torch.isin(drawn, batch)]
-
-    @staticmethod
-    def first_visit(log_u, epoch, gamma):
-        """gamma per row: 1 in epoch 0, and where u is not known yet."""
-        # differs from the released code: there a first visit later on gives u = gamma g
-        return torch.full_like(log_u, 1.0 if epoch == 0 else gamma).masked_fill_(
-            log_u == -math.inf, 1.0)
+        rows = rows.to(batch.device)
+        return rows, (table.log_u[rows] > -math.inf) & ~torch.isin(rows, batch)
 
     def update(self):
-        """Write the state of the last forward pass, equally on all ranks."""
+        """Write the state of the last forward pass."""
         for table, ids, values in self.pending:
             table.write(ids, values)
         for name, value in self.scalars.items():
             getattr(self, name).copy_(value)
-
-    def average_gradients(self):
-        """Mean over the ranks, as DDP does for the towers."""
-        for parameter in self.parameters():
-            common.total(parameter.grad).div_(common.world())
 
 
 def bank_row(row, f, seen, m):
@@ -765,8 +737,8 @@ def recall(rank, relevant, N, name, ks=(1, 5, 10)):
         missed = ((N - relevant[:, None] - i).clamp(min=0) / (N - i).double()).prod(1)  # (Q,)
         result[f"{name}@{k}"] = 100 * (rank < k).double().mean().item()
         chance[f"{name}@{k}"] = 100 * (1 - missed.mean().item())
-    for found in (result, chance):
-        found[f"{name} mean"] = sum(found.values()) / len(found)
+    for values in (result, chance):
+        values[f"{name} mean"] = sum(values.values()) / len(values)
     return result, chance
 
 
@@ -799,15 +771,15 @@ def class_weights(prompts):
 
 @torch.no_grad()
 def encode(model, tokens, block=256):
-    """Unit features (n, D) of tokens (n, L) on the device; every rank computes all."""
+    """Unit features (n, D) of tokens (n, L) on the device; every process computes all."""
     was_training = model.training
     model.eval()
-    Y = torch.cat([model(tokens=part)[0] for part in tokens.split(block)])
+    Y = torch.cat([model(None, part)[1] for part in tokens.split(block)])
     model.train(was_training)
     return F.normalize(Y, dim=1)
 
 
-def prompts_of(args, classes):
+def zero_shot_prompts(args, classes):
     """Names of the classes and templates (with {}) of the zero-shot classification."""
     names, templates = classes, []
     if args.dataset == "shapes":
@@ -832,81 +804,73 @@ def prompts_of(args, classes):
     return names, templates
 
 
-def scores(model, tokenizer, data, pairs, prepare=clean):
+def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
     """Retrieval (with captions) and zero-shot accuracy (with labels) on the test set.
 
     Images are resized to a square for retrieval, cropped for classification, as the authors do.
     Equal captions: in a set with image ids each caption asks for its own image, the usual protocol;
     without (shapes) equal captions are one, and right for all images that have it.
-    Returns: dict of percents, dict of those by chance, and the features X, Y with their groups.
+    Returns: dict of percents, dict of those by chance, and what `retrieval_picture` needs: X, Y,
+    their groups, and the rows of the captions Y (None without captions).
     """
-    table, args, found, result, chance = data.test, data.args, None, {}, {}
+    table, args, retrieved, result, chance = data.test, data.args, None, {}, {}
     square = "image_id" in table.columns
     images = table.select(pairs.images) if pairs else table
-    take = dict(squash=square, pick=lambda out: out[0], unit=True)
-    X = common.features(model, data, images, **take)
+    options = dict(resize=square, select=lambda out: out[0], normalize=True)
+    X = common.extract_features(model, data, images, **options)
     Y = X[:0]
     if pairs:
         group = pairs.p if square else pairs.text
         texts = torch.arange(pairs.N_T) if square else first_rows(pairs.text)
         Y = encode(model, pairs.tokens[texts])
-        found = X, Y, group[pairs.images], group[texts], texts
-        result, chance = retrieval(*found[:4])
+        retrieved = X, Y, group[pairs.images], group[texts], texts
+        result, chance = retrieval(*retrieved[:4])
     zeros = [(~Z.any(1)).sum().item() for Z in (X, Y)]
     if any(zeros) and not hasattr(data, "warned"):
         data.warned = True  # once a run
-        common.say(f"warning: {zeros[0]} features of images, {zeros[1]} of captions are zero")
-    classes, y = table.classes.get(args.label), images.columns.get(args.label)
-    if classes and y is not None and (known := (y >= 0).to(data.device)).any():
+        common.print_rank0(f"warning: {zeros[0]} features of images, {zeros[1]} of captions are "
+                           "zero")
+    names, y = table.classes.get(args.label), images.columns.get(args.label)
+    if names and y is not None and (labelled := (y >= 0).to(data.device)).any():
         if args.zs_original:
             own, (mean, std) = copy.copy(data), common.MEAN_STD.get(args.dataset, common.IMAGENET)
             own.args = argparse.Namespace(**dict(vars(args), mean=mean, std=std))
-            X = common.features(model, own, images, **take)
-        names, templates = prompts_of(args, classes)
+            X = common.extract_features(model, own, images, **options)
+        names, templates = zero_shot_prompts(args, names)
         tokens = tokenizer([prepare(t.format(c)) for c in names for t in templates])
         Z = encode(model, tokens.to(data.device)).unflatten(0, (len(names), -1))
         ks = (1, min(5, len(names)))
-        right = common.accuracy(X[known] @ class_weights(Z).T, y.to(data.device)[known], ks)
+        logits = X[labelled] @ class_weights(Z).T
+        right = common.accuracy(logits, y.to(data.device)[labelled], ks)
         result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right)})
         chance.update({f"zero-shot top-{k}": 100 * k / len(names) for k in ks})
-    return result, chance, found
+    return result, chance, retrieved
 
 
-def retrieval_picture(path, data, pairs, found, rows=5):
-    """PNG: images with their best captions, captions with their best images; green = right."""
-    if (plt := common.pyplot()) is None:
-        return
-    X, Y, image_group, text_group, texts = found
+def retrieval_picture(path, data, pairs, retrieved, n=5):
+    """PNG: n images with their best captions, n captions with their best images; green: right."""
+    X, Y, image_group, text_group, texts = retrieved
     g = common.generator(data.args.seed, 0, "picture")
-    some, ask = (torch.randperm(len(Z), generator=g)[:rows] for Z in (X, Y))
-    best_T = common.top_k(X[some], Y, min(3, len(Y)))[1].tolist()
-    best_I = common.top_k(Y[ask], X, min(6, len(X)))[1].cpu()
-    shown = pairs.images[torch.cat([some, best_I.flatten()])]
-    pixels = torch.cat(list(data.still_batches(data.test, shown, data.args.image_size, True)))
-    sheet = iter(pixels.byte().cpu().permute(0, 2, 3, 1))  # in the order of drawing
-    n = len(some) + len(ask)
-    figure, axes = plt.subplots(n, 6, figsize=(12, 2 * n))
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, i, best in zip(axes, some, best_T):
-        line[0].imshow(next(sheet))
-        line[0].set_title(pairs.captions[pairs.images[i]], fontsize=9, loc="left")
-        for j, text in enumerate(best):
-            colour = "green" if text_group[text] == image_group[i] else "firebrick"
-            line[1].text(0, 0.8 - 0.35 * j, pairs.captions[texts[text]], color=colour, fontsize=9)
-    for line, text, best in zip(axes[len(some):], ask, best_I):
-        line[0].set_title(pairs.captions[texts[text]], fontsize=9, loc="left")
-        for axis, i in zip(line, best):
-            axis.imshow(next(sheet))
-            if image_group[i] == text_group[text]:
-                axis.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, lw=5, color="green",
-                                             transform=axis.transAxes))
-    figure.suptitle("images, each below a caption of its own, and their best captions; then "
-                    f"captions and their best images; green: right; {common.source(data.args)}",
-                    fontsize=10)
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.01, top=0.95)
-    common.replace(Path(path), lambda file: figure.savefig(file, dpi=80, format="png"))
-    plt.close(figure)
+    shown, asked = (torch.randperm(len(Z), generator=g)[:n] for Z in (X, Y))
+    best_T = common.top_k(X[shown], Y, min(3, len(Y)))[1].tolist()
+    best_I = common.top_k(Y[asked], X, min(6, len(X)))[1].tolist()
+    images = pairs.images[torch.cat([shown, torch.tensor(best_I).flatten()])]
+    pixels = iter(data.pixels(data.test, images, data.args.image_size, True))  # in this order
+
+    def text(row, mark=""):
+        return textwrap.shorten(f"{mark}{pairs.captions[row]}", 72, placeholder=" ...")
+
+    rows = []
+    for i, best in zip(shown.tolist(), best_T):
+        marks = ["+ " if text_group[j] == image_group[i] else "- " for j in best]
+        lines = [text(pairs.images[i]), *(text(texts[j], m) for j, m in zip(best, marks))]
+        rows.append(("\n".join(lines), [(next(pixels), None, "")]))
+    for j, best in zip(asked.tolist(), best_I):
+        right = [bool(text_group[j] == image_group[i]) for i in best]
+        rows.append((text(texts[j]), [(next(pixels), r, "") for r in right]))
+    common.image_rows(path, "images, a caption of their own and the best captions (+ right, - "
+                      "wrong); then captions and the best images (green: right); "
+                      + common.source(data.args), rows, left=450)
 
 
 def tau_picture(path, objective, model, data, pairs):
@@ -914,8 +878,8 @@ def tau_picture(path, objective, model, data, pairs):
     tau = [getattr(objective, f"tau_{side}", getattr(getattr(objective, side), "tau", None))
            for side in "IT"]
     if hasattr(objective, "net_I"):  # of the test set
-        X = common.features(model, data, data.test.select(pairs.images), True,
-                            pick=lambda out: out[0])
+        X = common.extract_features(model, data, data.test.select(pairs.images), True,
+                                    select=lambda out: out[0])
         tau = [objective.net_I(X), objective.net_T(encode(model, pairs.tokens))]
     if tau[0] is None or common.rank() > 0 or (plt := common.pyplot()) is None:
         return
@@ -927,91 +891,92 @@ def tau_picture(path, objective, model, data, pairs):
     axis.locator_params(axis="x", nbins=6)
     axis.legend()
     figure.tight_layout()
-    common.replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
+    common.atomic_write(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
     plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------- training
 
 
+NO_NEGATIVE = "a pair of the batch has no negative: all others repeat it; use a larger --batch-size"
+
+
 def train(args):
-    """Train on this rank; see the docstring of the file."""
+    """Train in this process; see the top of the file."""
     check(args)
     if args.evaluate:
-        return evaluate(args)
+        return evaluate_checkpoint(args)
     device = common.setup(args)
     data = common.load(args, device)
     for table in (data.train, data.test):
         in_memory(data, table)
     clip, tokenizer = towers(args)
     pairs, test = (Pairs(t, tokenizer, device) for t in (data.train, data.test))
-    model = Towers(clip, unit=args.loss != "vicreg").to(device, memory_format=common.layout(args))
-    D = encode(model, pairs.tokens[:1]).shape[1]
-    objective = Objective(args, pairs, D).to(device)
-    network = common.ddp(model, args)
-    optimizer = grouped_optimizer(args, model, objective)
-    scaler, log = common.scaler(args, device), common.Log(args, data)
+    model = Towers(clip, unit=args.loss != "vicreg")
+    model = model.to(device, memory_format=common.memory_format(args))
+    objective = Objective(args, pairs, encode(model, pairs.tokens[:1]).shape[1]).to(device)
+    network = common.distribute(model, args)
+    optimizer, scaler = grouped_optimizer(args, model, objective), common.scaler(args, device)
+    log = common.Log(args, data)
     state = dict(model=model, objective=objective, optimizer=optimizer, scaler=scaler, log=log)
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
-    spec = common.augmentation(args)
+    aug = common.augmentation(args)
 
-    def measure():
-        return scores(model, tokenizer, data, test)[0]
+    def evaluate():
+        return evaluate_clip(model, tokenizer, data, test)[0]
 
     if first_step == 0:
-        common.say(f"{pairs.N_T} captions of {pairs.N_I} images, {pairs.distinct} distinct; "
-                   f"test: {test.N_T} of {test.N_I}")
-        common.begin(state, args, data, spec, measure)
+        common.print_rank0(f"{pairs.N_T} captions of {pairs.N_I} images, {pairs.distinct} distinct"
+                           f"; test: {test.N_T} of {test.N_I}")
+        common.start_run(state, args, data, aug, evaluate)
 
-    for batch in data.batches(first_step, steps, spec, views=1):
+    for batch in data.batches(first_step, steps, aug, views=1):
         step, epoch = batch.step, batch.step // data.steps_per_epoch  # epoch from 0
-        images = common.augment(batch)[0]  # (b, 3, S, S)
-        own = batch.first + torch.arange(len(images), device=device)  # (b,)
+        images = common.augment(batch)[0]                       # (b, 3, S, S), this process
+        p, q = pairs.p[batch.rows], batch.rows                  # (B,) ids of image and caption
         with common.autocast(args, device):
-            x, t = network(images, pairs.tokens[batch.rows])  # (b, D) each
-        p, q = pairs.p[batch.rows], batch.rows
-        same = repeats(p, pairs.text[batch.rows]) if args.mask_repeats else None
-        loss, stats = objective(x, t, p, q, own, step, epoch, same)
+            x, t = network(images, pairs.tokens[q[batch.own]])  # (b, D) each
+        x, t = common.gather(x), common.gather(t)               # (B, D), the same everywhere
+        same = duplicate_mask(p, pairs.text[q]) if args.mask_repeats else own_pairs(p)
+        loss, stats = objective(x, t, p, q, ~same, step, epoch)
 
-        lr = learning_rate(step, data.steps_per_epoch, args)
+        lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] *= group["scale"]
         optimizer.zero_grad(set_to_none=True)
-        value = common.finite(loss, step)  # all ranks stop together
-        objective.update()
         scaler.scale(loss).backward()
-        objective.average_gradients()
+        values = common.check_loss(loss, step, stats, dict(image_tower=x, text_tower=t),
+                                   {NO_NEGATIVE: (~same).any(1).all()})
         scaler.step(optimizer)
         scaler.update()
-        log(step, loss=value, lr=lr, **common.means(stats))
+        objective.update()
+        log(step, **values, lr=lr)
 
-        if common.end_step(step, state, args, data, measure):
+        if common.end_step(step, state, args, data, evaluate):
             break
-    lines = []
-    if not common.stopping():
-        result, chance, found = scores(model, tokenizer, data, test)
-        tau_picture(f"{args.out}/tau.png", objective, model, data, test)
-        if common.rank() == 0:
-            retrieval_picture(f"{args.out}/retrieval.png", data, test, found)
-            before = log.records()[0]
-            lines = [f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   "
-                     f"(chance {chance[name]:.2f} %)" for name, value in result.items()
-                     if name.endswith(("@1", "top-1", "mean"))]
     common.summary(
         log, args, f"{args.loss} on {args.dataset}, {args.model}, batch {args.batch_size}",
-        first_step, more=[
-            *lines, f"  queries      {args.out}/retrieval.png",
-            f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"],
+        first_step, more=[] if common.should_stop() else report(
+            log, args, objective, model, data, test, *evaluate_clip(model, tokenizer, data, test)),
         panels=[("mean", "mean (%)"), ("zero-shot top-1", "zero-shot top-1 (%)"), ("tau", "tau"),
                 ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")])
 
 
-def repeats(p, text):
-    """Mask (b, B) of pairs with the image, or the caption, of the anchor's own pair."""
-    return (p[:, None] == common.gather(p)) | (text[:, None] == common.gather(text))
+def report(log, args, objective, model, data, test, result, chance, retrieved):
+    """Pictures and the last lines of a run: the test set before and after the training."""
+    tau_picture(f"{args.out}/tau.png", objective, model, data, test)
+    if common.rank() > 0:
+        return []
+    retrieval_picture(f"{args.out}/retrieval.png", data, test, retrieved)
+    before = log.records()[0]
+    return [*(f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   (chance "
+              f"{chance[name]:.2f} %)" for name, value in result.items()
+              if name.endswith(("@1", "top-1", "mean"))),
+            f"  queries      {args.out}/retrieval.png",
+            f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"]
 
 
-def evaluate(args):
+def evaluate_checkpoint(args):
     """--evaluate: the test set with a checkpoint of this file, or with one of open_clip's."""
     given = {word.split("=")[0][2:].replace("-", "_") for word in args.argv if word[:2] == "--"}
     published = args.evaluate.startswith("openclip:")
@@ -1022,7 +987,7 @@ def evaluate(args):
         if "image_size" not in given:
             args.image_size = None  # that of the model
     else:
-        checkpoint, folder = common.read_checkpoint(args.evaluate), Path(args.evaluate).parent
+        checkpoint, folder = common.load_checkpoint(args.evaluate), Path(args.evaluate).parent
         if checkpoint.get("method") != args.method:
             raise common.BadInput(f"{args.evaluate} is no checkpoint of {args.method}.py")
         old, keep = checkpoint["args"], ["model", "loss", "image_size", "mean", "std"]
@@ -1031,7 +996,7 @@ def evaluate(args):
                      "label"]
         for name in set(keep) - given:
             setattr(args, name, old[name])
-        args.pretrained, trained_on, prepare = args.evaluate, old["dataset"], clean
+        args.pretrained, trained_on, prepare = args.evaluate, old["dataset"], clean_caption
     mean, std = common.MEAN_STD.get(trained_on, common.IMAGENET)  # whatever the data set is now
     args.mean, args.std = args.mean or list(mean), args.std or list(std)
     args.batch_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -1043,20 +1008,21 @@ def evaluate(args):
     if not published:
         in_memory(data, data.test)  # the images as the training's own evaluations saw them
     pairs = Pairs(data.test, tokenizer, device, prepare) if data.test.captions else None
-    result, chance, found = scores(Towers(clip).to(device), tokenizer, data, pairs, prepare)
+    model = Towers(clip).to(device)
+    result, chance, retrieved = evaluate_clip(model, tokenizer, data, pairs, prepare)
     if common.rank() > 0:
         return
     path = (Path(args.out) if "out" in given else folder) / f"evaluate-{args.dataset}.json"
     text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,
-                           chance=chance, args=common.plain(args)), indent=1)
-    common.replace(path, lambda file: file.write(text.encode()))
+                           chance=chance, args=common.flags_dict(args)), indent=1)
+    common.atomic_write(path, lambda file: file.write(text.encode()))
     lines = [f"{args.evaluate} on {args.dataset}",
              *(f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"
                for name, value in result.items()), f"  results            {path}"]
-    if found:
-        retrieval_picture(path.with_suffix(".png"), data, pairs, found)
+    if retrieved:
+        retrieval_picture(path.with_suffix(".png"), data, pairs, retrieved)
         lines.append(f"  picture            {path.with_suffix('.png')}")
-    common.say("\n".join(lines))
+    common.print_rank0("\n".join(lines))
 
 
 def authors_rate(step, steps_per_epoch, epochs, lr, warmup, floor=1e-5, start=1e-5):
@@ -1082,7 +1048,7 @@ def learning_rate(step, steps_per_epoch, args):
 def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
     uses, names = LOSSES[args.loss], {name for flags in LOSSES.values() for name in flags}
-    common.unused(args, sorted(names - uses.keys()), f"by --loss {args.loss}; it uses: "
+    common.reject_unused(args, sorted(names - uses.keys()), f"by --loss {args.loss}; it uses: "
                   f"{', '.join(uses) or 'none of them'}")
     for name in names:
         value = getattr(args, name, None) if name in uses else None  # eps has no flag
@@ -1091,7 +1057,7 @@ def check(args):
         raise common.BadInput("--optimizer lars: use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
         raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
-    common.require(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["warmup"],
+    common.check_ranges(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["warmup"],
                    share=["gamma", "lambda_mi"])
     if args.tau_bounds is not None:
         low, high = args.tau_bounds

@@ -8,7 +8,7 @@ authors' code. The labels E1 to E9 are those of this project: of the paper only 
 framework figure could be read. Multi-crop (E9) is a reconstruction, not the paper's own form.
 
     h^m = F(x^m), z^m = g(h^m) / |g(h^m)|, v^m = phi(h^m) / |phi(h^m)|, views m = 1, 2
-    Z^m, V^m: the z^m, v^m of the whole global batch, i, j, k its rows
+    Z^m, V^m: the z^m, v^m of the whole batch, i, j, k its rows
     L_NCE = 1/2B sum_a -log[ exp(q_a . q_p(a) / tau) / sum_{k != a} exp(q_a . q_k / tau) ]   E1
     q = [Z^1; Z^2], p(a): the other view of the image
     n(i) = argmax_{j != i} v_i . v_j,  A_ij = 1 if j = n(i) or i = n(j), else 0              E2
@@ -23,13 +23,14 @@ framework figure could be read. Multi-crop (E9) is a reconstruction, not the pap
     L_cK   = mean_{m,c,i} -1/|P^m'(i)| sum_{j in P^m'(i)} log softmax_j(vc_ci . V^m_j / tau)[j]
     L = alpha L_NCE + beta L_swap + gamma L_cNCE + delta L_cK
 
-Sees:   images only. True labels, where there are any, serve the log: purity of the weak labels.
-State:  the network; nothing per sample. --beta 0 is the SimCLR baseline: no second head, no graph.
-Shapes: B global batch, b rows of this rank, V views, D embedding width, C crops, K neighbours.
+Labels used:  none. True labels, where there are any, serve the log: purity of the weak labels.
+State kept:   the network. --beta 0 is the SimCLR baseline: no second head, no graph.
+Shapes:       B global batch, b rows of this process, V views, D embedding width, C crops.
 
     torchrun --standalone --nproc_per_node=2 wcl.py                    # demo on 2 CPU cores, 2 min
     python wcl.py --recipe c100-small --download                       # CIFAR-100, 3 CPU minutes
     python wcl.py --recipe cifar10 --download                          # one GPU
+    python wcl.py --recipe cifar10 --no-sync-bn --micro-batch 64       # one small GPU
     torchrun --nproc_per_node=4 wcl.py --recipe cifar10                # four, the same global batch
     torchrun --nproc_per_node=8 wcl.py --recipe imagenet100 --data-dir DIR
     torchrun --nnodes=4 --nproc_per_node=8 ... wcl.py --recipe imagenet --data-dir DIR  # 32 x 128
@@ -86,157 +87,99 @@ OWN = ("demo", "c100-small", "cifar10", "cifar100", "imagenet100")  # the author
 # ---------------------------------------------------------------------------------- loss
 
 
-def info_nce(z, Z, first=0, tau=0.1):
-    """Instance loss (E1), NT-Xent over the 2B views; mean over this rank's 2b anchors.
+def info_nce(z, tau=0.1):
+    """Instance loss (E1), NT-Xent: the mean over all 2B views as anchors.
 
-    Args:
-        z: (2, b, D) unit-norm outputs of head 1 for this rank's rows.
-        Z: (2, B, D) those of the global batch in rank order; z itself on one rank. All keys carry
-            gradient, as in one process over the global batch.
-        first: global row of z[:, 0].
-
-    Returns: scalar, whose mean over ranks is the loss of one process; logits (2b, 2B), columns
-        [Z^1; Z^2], -inf at the anchor itself; target (2b,) int64, the column of the other view.
-    Raises: ValueError for a wrong shape or tau.
+    Args: z (2, B, D) unit-norm outputs of head 1, float16 and bfloat16 become float32; tau > 0.
+    Returns: scalar. All keys carry gradient.
     """
-    b, B = _sizes(z, Z, first, tau)
-    row = first + torch.arange(b, device=z.device)
-    own, target = torch.cat([row, B + row]), torch.cat([B + row, row])  # (2b,) columns a and p(a)
-    # differs from the released code: there the keys of other ranks are constants
-    logits = z.flatten(0, 1) @ Z.flatten(0, 1).T / tau  # (2b, 2B)
-    logits = logits.scatter(1, own[:, None], float("-inf"))  # k != a
-    return F.cross_entropy(logits, target), logits, target  # E1
+    # differs from the released code: there the keys of other processes are constants
+    B = z.shape[1]
+    q = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, 1)  # (2B, D) [Z^1; Z^2]
+    logits = (q @ q.T / tau).fill_diagonal_(float("-inf"))  # k != a
+    return F.cross_entropy(logits, torch.arange(2 * B, device=z.device).roll(B))  # p(a); E1
 
 
-def sup_con(logits, positive, left_out=None, reduction="mean"):
-    """Supervised contrastive loss of rows of logits (E4): the mean of log p is outside the log.
+def sup_con(v, y, tau=0.1):
+    """Supervised contrastive loss of one view and given labels (E4).
 
-    Args: logits (..., n, m), similarities / tau; positive (n, m) bool, P(i) and perhaps i itself;
-    left_out (n, m) bool: entries that are neither key nor positive (k = i in E4), None for none.
-    Returns: mean over the rows that have a positive, 0 if none has; with reduction "none"
-    (..., n), 0 in rows without positive.
+    Args: v (B, D) unit-norm outputs of head 2, float16 and bfloat16 become float32; y (B,) int64.
+    Returns: scalar, the mean over the rows that have a positive, 0 if none has. The gradient flows
+    to the anchors only.
     """
-    if left_out is not None:
-        logits, positive = logits.masked_fill(left_out, float("-inf")), positive & ~left_out
-    log_p = logits.log_softmax(-1)
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    itself = torch.eye(len(v), dtype=torch.bool, device=v.device)
+    P = (y[:, None] == y) & ~itself  # (B, B) P(i)
     # differs from the released code: it exponentiates first, and overflows for tau below 0.0113
-    count = positive.sum(-1)  # (n,) |P(i)|
-    rows = -log_p.masked_fill(~positive, 0.0).sum(-1) / count.clamp(min=1)  # E4
-    if reduction == "none":
-        return rows
+    log_p = (v @ v.detach().T / tau).masked_fill(itself, float("-inf")).log_softmax(1)  # k != i
+    rows = -log_p.masked_fill(~P, 0).sum(1) / P.sum(1).clamp(min=1)  # E4
     # differs from the released code: a row without positive makes everything NaN there
-    has = (count > 0).expand(rows.shape).sum()
-    return rows.sum() / has.clamp(min=1)
+    return rows.sum() / P.any(1).sum().clamp(min=1)
 
 
-def swapped(v, V, y, first=0, tau=0.1):
-    """Weak loss with the labels exchanged between the views (E5); mean over this rank's anchors.
+def swapped(v, y, tau=0.1):
+    """Weak loss with the labels exchanged between the views (E5).
 
-    Args: v (2, b, D) unit-norm outputs of head 2, with gradient; V (2, B, D) those of the global
-    batch, without any, own rows included; y (2, B) int64, the weak labels y^1, y^2; first, as in
-    `info_nce`.
-    Raises: ValueError for a wrong shape or tau.
+    Args: v (2, B, D) unit-norm outputs of head 2; y (2, B) int64, the weak labels y^1, y^2.
+    Returns: scalar; the factor 1/2 is that of the released code.
     """
-    b, B = _sizes(v, V, first, tau)
-    if y.shape != (2, B):
-        raise ValueError(f"weak labels {tuple(y.shape)} for 2 views of {B} rows")
-    own = slice(first, first + b)
-
-    def L_sup(m, labels):  # the keys are of the anchor's own view: E4
-        return sup_con(v[m] @ V[m].T / tau, labels[own, None] == labels, itself(b, V[m], first))
-
-    return (L_sup(0, y[1]) + L_sup(1, y[0])) / 2  # E5; the factor is that of the released code
+    return (sup_con(v[0], y[1], tau) + sup_con(v[1], y[0], tau)) / 2  # E5
 
 
-def wcl_loss(z, v, Z=None, V=None, y=None, first=0, tau=0.1, alpha=1.0, beta=1.0):
-    """Total of both heads (E6); in one process `wcl_loss(z, v)` is all that a training needs.
+def multi_crop(zc, vc, Z, V, P, tau=0.1):
+    """Small crops against the large views (E9, a reconstruction).
 
-    Args: z, v (2, b, D) unit-norm outputs of the heads; Z, V (2, B, D) those of the global batch, y
-    (2, B) the weak labels, as `info_nce` and `swapped` want them (None: of these rows); with beta 0
-    v, V, y are not looked at.
-    Returns: dict of loss and nce, of swap (with beta above 0), and of info_nce's logits and target.
-    """
-    nce, logits, target = info_nce(z, z if Z is None else Z, first, tau)  # E1
-    found = dict(loss=alpha * nce, nce=nce, logits=logits, target=target)
-    if beta > 0:
-        V = v.detach() if V is None else V
-        y = torch.stack([weak_labels(x) for x in V]) if y is None else y  # E2, E3
-        found["swap"] = swapped(v, V, y, first, tau)  # E5
-        found["loss"] = found["loss"] + beta * found["swap"]  # E6
-    return found
-
-
-def multi_crop(zc, vc, Z, V, positive, first=0, tau=0.1):
-    """Small crops against the large views of the global batch (E9, a reconstruction).
-
-    Args: zc, vc (C, b, D) unit-norm outputs of the heads for C crops, with gradient; Z, V (2, B, D)
-    without any; positive (2, b, B) bool, P^1 and P^2, each row holding its own image; first, as in
-    `info_nce`.
+    Args: zc, vc (C, B, D) unit-norm outputs of the heads for C crops, with gradient; Z, V (2, B, D)
+    those of the large views, keys without gradient; P (2, B, B) bool, each row of P^1 and P^2
+    holding its own image.
     Returns: L_cNCE, L_cK. A crop is never its own key, so nothing leaves the softmax.
     """
-    own = itself(zc.shape[1], Z[0], first)
-    L_cNCE = sum(sup_con(zc @ Z[m].T / tau, own) for m in (0, 1)) / 2
-    L_cK = sum(sup_con(vc @ V[m].T / tau, positive[1 - m]) for m in (0, 1)) / 2  # m': 1 - m
+    zc, vc, Z, V = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (zc, vc, Z, V))
+    L_cNCE = L_cK = 0
+    for m in (0, 1):
+        log_p = (zc @ Z[m].detach().T / tau).log_softmax(2)  # (C, B, B)
+        L_cNCE = L_cNCE - log_p.diagonal(0, 1, 2).mean() / 2
+        log_p = (vc @ V[m].detach().T / tau).log_softmax(2)
+        of_other = P[1 - m]  # P^m'
+        L_cK = L_cK - (log_p.masked_fill(~of_other, 0).sum(2) / of_other.sum(1)).mean() / 2
     return L_cNCE, L_cK
-
-
-def itself(b, keys, first):
-    """(b, B) bool: where the rows first.. of the global batch meet themselves among keys (B, D)."""
-    column = torch.arange(len(keys), device=keys.device)
-    return column[first:first + b, None] == column
-
-
-def _sizes(x, keys, first, tau):
-    """b and B of features (2, b, D) and keys (2, B, D); ValueError if they cannot be."""
-    if x.ndim != 3 or keys.ndim != 3 or len(x) != 2 or len(keys) != 2 or (
-            x.shape[2] != keys.shape[2]) or not 0 <= first <= keys.shape[1] - x.shape[1]:
-        raise ValueError(f"features {tuple(x.shape)} from row {first} and keys "
-                         f"{tuple(keys.shape)}: must be (2, b, D) and (2, B, D)")
-    if not tau > 0:
-        raise ValueError(f"tau must be above 0, got {tau}")
-    return x.shape[1], keys.shape[1]
 
 
 # ---------------------------------------------------------------------------------- grouping
 
 
 @torch.no_grad()
-def neighbours(v, V, first=0, k=1, block=2 ** 25):
-    """The k most similar other rows of each row (E2, E9), ties by the lowest index.
+def neighbours(V, k=1, block=2 ** 25):
+    """The k most similar other rows of each row (E2, E9); of ties the lowest index comes first.
 
-    Ties are similarities within 16 eps of each other: those of equal rows differ by rounding, and
-    not alike for every shape of the product, so that the number of ranks would show.
+    Ties are similarities within 16 eps of the best one left: those of equal rows differ by
+    rounding, and not alike for every shape of the product.
 
-    Args: v (b, D), rows first.. of V (B, D), unit-norm; block: similarities at a time, so that
-    memory does not grow with B^2.
-    Returns: (b, min(k, B - 1)) int64, most similar first.
-    Raises: ValueError if B < 2: no other row exists.
+    Args: V (B, D) unit-norm, float16 and bfloat16 become float32, since in half precision nearly
+    all are ties; block: similarities at a time, so that memory does not grow with B^2.
+    Returns: (B, min(k, B - 1)) int64, most similar first.
     """
-    B = len(V)
-    if B < 2:
-        raise ValueError(f"WCL needs a global batch of at least 2, got {B}")
-    found, size, tie = [], max(1, block // B), 16 * torch.finfo(V.dtype).eps
-    for start in range(0, len(v), size):
-        S = v[start:start + size] @ V.T  # (size, B)
-        row = first + start + torch.arange(len(S), device=v.device)
+    V, B = V.to(torch.promote_types(V.dtype, torch.float32)), len(V)
+    nearest, tie = [], 16 * torch.finfo(V.dtype).eps
+    for rows in torch.arange(B, device=V.device).split(max(1, block // B)):
         # j != i; differs from the released code: it subtracts 2, which ties with a cosine of -1
-        S.scatter_(1, row[:, None], float("-inf"))
-        # differs from the released code: among equals top-k gives any, here it is the first
-        if k == 1:
-            best = S.max(1, keepdim=True).values
-            found.append((S >= best - tie).byte().argmax(1, keepdim=True))
-        else:
-            order = (S / tie).round().sort(dim=1, descending=True, stable=True).indices
-            found.append(order[:, :min(k, B - 1)])
-    return torch.cat(found)
+        S = (V[rows] @ V.T).scatter_(1, rows[:, None], float("-inf"))
+        columns = []
+        for _ in range(min(k, B - 1)):
+            # differs from the released code: among equals top-k gives any, here it is the first
+            best = S.amax(1, keepdim=True)
+            columns.append((S >= best - tie).byte().argmax(1, keepdim=True))
+            S.scatter_(1, columns[-1], float("-inf"))
+        nearest.append(torch.cat(columns, 1))
+    return torch.cat(nearest)
 
 
 def components(n):
     """Connected components of the graph with the edges {i, n(i)} (E3).
 
-    Every node has one edge that leaves it, so walking along n from anywhere in a component ends in
-    its one cycle. Walks are doubled: after r rounds p = n^(2^r), and low is the smallest of the
-    first 2^r nodes of the walk. No loop over nodes, no wait for the device.
+    Every node has one edge that leaves it, so a walk along n ends in the one cycle of its
+    component. Walks are doubled: after r rounds p = n^(2^r), and low is the smallest of the first
+    2^r nodes of the walk. There is no loop over nodes and no wait for the device.
 
     Args: n (B,) int64.
     Returns: (B,) int64, components numbered by first appearance: y_0 = 0, the next new one 1, ...
@@ -252,46 +195,23 @@ def components(n):
 
 
 def weak_labels(V):
-    """Weak labels (B,) int64 of unit-norm features V (B, D): E2, E3."""
-    return components(neighbours(V, V)[:, 0])
+    """Weak labels (B,) int64 of one view's features V (B, D), unit-norm: E2, E3."""
+    return components(neighbours(V)[:, 0])
 
 
-def purity(y, t):
-    """Percent of the rows whose class t (B,) is the commonest of their group y (B,), both >= 0.
-
-    Completeness is the same with the arguments exchanged: rows that lie in the group which holds
-    most of their class.
-    """
-    base = t.max() + 1
-    pairs, count = torch.unique(y * base + t, return_counts=True)
-    best = count.new_zeros(int(y.max()) + 1).scatter_reduce(0, pairs // base, count, "amax")
-    return 100 * best.sum().item() / len(y)
-
-
-def statistics(y, t, order):
-    """What the weak labels of a batch are worth: a dict of floats, means over the views.
-
-    Args: y (2, B) int64; t (B,) int64, the true labels, or None; order (B,) a random permutation.
-    Returns: components, their number; size, images in one; largest, percent of the batch; with t
-    purity and completeness in percent, and random: the purity of random groups of the same sizes.
-    Purity falls as groups grow, whatever they hold: only its distance from `random` is earned.
-    """
-    found = []
-    for labels in y:
-        size = torch.bincount(labels)
-        found.append(dict(components=len(size), size=len(labels) / len(size),
-                          largest=100 * size.max().item() / len(labels)))
-        if t is not None:
-            found[-1].update(purity=purity(labels, t), random=purity(labels, t[order]),
-                             completeness=purity(t, labels))
-    return {name: (found[0][name] + found[1][name]) / 2 for name in found[0]}
+def crop_positives(V, y, args):
+    """P of E9, (2, B, B) bool, from the large views V (2, B, D) and their weak labels y (2, B)."""
+    if args.crop_positives == "components":
+        return y[:, :, None] == y[:, None]
+    P = torch.eye(V.shape[1], dtype=torch.bool, device=V.device).repeat(2, 1, 1)
+    return P.scatter(2, torch.stack([neighbours(v, args.crop_k) for v in V]), True)
 
 
 # ---------------------------------------------------------------------------------- model
 
 
 class WCL(nn.Module):
-    """Encoder F and heads g, phi: list of V views (b, 3, S, S) to z, v (V, b, D), unit-norm."""
+    """Encoder F and heads g, phi: views, (b, 3, S, S) each, to unit vectors z, v (V, b, D)."""
 
     def __init__(self, args):
         super().__init__()
@@ -301,109 +221,80 @@ class WCL(nn.Module):
         # none without E5: unused, LARS would still shrink it (E7 with a gradient of exactly 0)
         self.head2 = common.MLP3(*sizes) if args.beta > 0 else None
 
-    def forward(self, views):
+    def forward(self, *views):
         """One call of the encoder a view: the statistics of BatchNorm are per view."""
         h = [self.backbone(x) for x in views]  # (b, width) each
         return [None if head is None else torch.stack(
             [F.normalize(head(x).float(), dim=1) for x in h]) for head in (self.head1, self.head2)]
 
 
-def shared_labels(v, V, first):
-    """Weak labels (2, B) from all ranks: each searches the neighbours of its own rows (E2, E3)."""
-    # the gathered neighbours are integers: every rank has the same labels
-    return torch.stack([components(common.gather(neighbours(own, keys, first)[:, 0]))
-                        for own, keys in zip(v, V, strict=True)])
-
-
-@torch.no_grad()
-def graphs(model, data, spec, batches):
-    """Rows (B,) and weak labels (2, B) of the first batches, which are not trained on.
-
-    BatchNorm uses the batch, as in training; its running statistics stay as they are.
-    """
-    model = copy.deepcopy(model).train()
-    for batch in data.batches(0, min(batches, data.steps_per_epoch), spec):
-        with common.autocast(data.args, data.device):
-            v = model(common.augment(batch))[1]
-        V = common.gather(v, dim=1)
-        common.all_finite(batch.step, head2=V)
-        yield common.gather(batch.rows), shared_labels(v, V, batch.first)
-
-
 # ---------------------------------------------------------------------------------- training
 
 
 def train(args):
-    """Train on this rank; see the docstring of the file."""
+    """Train in this process; see the top of the file."""
     check(args)
     device = common.setup(args)
     data = common.load(args, device)
-    model = WCL(args).to(device, memory_format=common.layout(args))
-    network = common.ddp(model, args)
-    optimizer = common.optimizer(args, model, by=args.lars_groups)
-    scaler, log = common.scaler(args, device), common.Log(args, data)
+    model = WCL(args).to(device, memory_format=common.memory_format(args))
+    network = common.distribute(model, args)
+    optimizer, scaler = common.optimizer(args, model, args.lars_groups), common.scaler(args, device)
+    log = common.Log(args, data)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, log=log)
     first_step, steps = common.resume(state, args), args.epochs * data.steps_per_epoch
-    label = true_labels(data, args)
     strong = common.augmentation(args)
     weak = common.augmentation(args, crop=tuple(args.weak_crop), jitter=tuple(args.weak_jitter))
     small = common.augmentation(args, crop=(0.05, 0.14), size=args.image_size * 3 // 7)  # SwAV's 96
 
-    def spec(step):
+    def aug(step):  # weak views in the first epochs
         epochs = args.warmup if args.weak_epochs is None else args.weak_epochs
         return weak if step < epochs * data.steps_per_epoch else strong
 
-    def measure():
+    def evaluate():
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
 
-    if args.recipe in OWN:
-        common.say(f"recipe {args.recipe}: values of this project, not a published setting of WCL")
-    if args.crops:
-        common.say("multi-crop: our reconstruction (E9), not confirmed by the paper or its code")
     if first_step == 0:
-        common.begin(state, args, data, strong,
-                     lambda: {**measure(), **untrained(model, data, strong, label)})
+        report_recipe(args)
+        common.start_run(state, args, data, strong, lambda: {
+            **evaluate(), **untrained_quality(model, data, strong)})
 
-    for batch in data.batches(first_step, steps, spec,
-                              more=[(small, args.crops)] if args.crops else []):
+    for batch in data.batches(first_step, steps, aug,
+                              extra=[(small, args.crops)] if args.crops else []):
         step = batch.step
-        x = common.augment(batch)  # (2, b, 3, S, S)
-        crops = [common.augment(part) for part in batch.more]  # (C, b, 3, S', S') or none
+        x = common.augment(batch)                               # (2, b, 3, S, S), this process
+        crops = [crop for views in batch.extra for crop in common.augment(views)]
         with common.autocast(args, device):
-            z, v = network([view for part in (x, *crops) for view in part])  # (2 + C, b, D)
-        z, zc = z.split([2, args.crops])
-        Z, V, y, about = common.gather(z, dim=1), None, None, {}  # (2, B, D)
-        common.all_finite(step, head1=Z)
+            z, v = network(*x, *crops)                          # (2 + C, b, D)
+        z, zc = common.gather(z).split([2, args.crops])         # (2, B, D), (C, B, D)
+        nce = info_nce(z, args.tau)                             # E1
+        loss, stats, features, y = args.alpha * nce, dict(nce=nce), dict(head1=z), None
         if args.beta > 0:
-            v, vc = v.split([2, args.crops])
-            V = common.gather(v.detach(), dim=1)  # (2, B, D), no gradient to any key
-            common.all_finite(step, head2=V)
-            y = shared_labels(v, V, batch.first)  # (2, B): E2, E3
-            about = worth(y, common.gather(batch.rows), label, step, args)
-        found = wcl_loss(z, v, Z, V, y, batch.first, args.tau, args.alpha, args.beta)  # E6
-        loss, logits, target = (found.pop(name) for name in ("loss", "logits", "target"))
+            v, vc = common.gather(v).split([2, args.crops])
+            y = torch.stack([weak_labels(V) for V in v])        # (2, B): E2, E3
+            swap = swapped(v, y, args.tau)                      # E5
+            loss = loss + args.beta * swap                      # E6
+            stats["swap"], features["head2"] = swap, v
         if args.crops:
-            positive = crop_positives(v, V, y, batch.first, args)
-            found["crop_nce"], found["crop_k"] = multi_crop(
-                zc, vc, Z.detach(), V, positive, batch.first, args.tau)
-            loss = loss + args.gamma * found["crop_nce"] + args.delta * found["crop_k"]  # E9
-        hit = logits.topk(min(5, len(Z.flatten(0, 1)) - 1)).indices == target[:, None]  # (2b, 5)
-        found.update(top1=100 * hit[:, 0].float().mean(), top5=100 * hit.any(1).float().mean())
+            L_cNCE, L_cK = multi_crop(zc, vc, z, v, crop_positives(v, y, args), args.tau)
+            loss = loss + args.gamma * L_cNCE + args.delta * L_cK                       # E9
+            stats.update(crop_nce=L_cNCE, crop_k=L_cK)
+        stats.update(pair_accuracy(z))
 
         lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
         optimizer.zero_grad(set_to_none=True)
-        value = common.finite(loss, step)  # all ranks stop together
         scaler.scale(loss).backward()
+        values = common.check_loss(loss, step, stats, features)
         scaler.step(optimizer)
         scaler.update()
-        log(step, loss=value, lr=lr, **common.means(found), **about)
+        log(step, **values, lr=lr, **label_quality(y, batch.rows, data, step))
 
-        if common.end_step(step, state, args, data, measure):
+        if common.end_step(step, state, args, data, evaluate):
             break
-    more = words(log) + picture(model, data, strong, args)
     title = "WCL" if args.beta > 0 else "SimCLR (WCL with beta 0)"
-    common.summary(log, args, f"{title}, {args.dataset}", first_step, more, panels=[
-        (("purity", "random"), "purity of weak labels (%)"), ("components", "components")])
+    common.summary(log, args, f"{title}, {args.dataset}", first_step,
+                   [*summary_lines(log), *components_picture(model, data, strong)], panels=[
+                       (("purity", "random"), "purity of weak labels (%)"),
+                       ("components", "components")])
 
 
 def learning_rate(step, steps_per_epoch, args):
@@ -413,73 +304,123 @@ def learning_rate(step, steps_per_epoch, args):
                                 args.warmup * steps_per_epoch)
 
 
-def crop_positives(v, V, y, first, args):
-    """P of E9 for this rank's rows: (2, b, B) bool, from the large views only."""
-    b, B = v.shape[1], V.shape[1]
-    row = first + torch.arange(b, device=v.device)
-    if args.crop_positives == "components":
-        return y[:, row, None] == y[:, None]
-    near = [neighbours(v[m], V[m], first, args.crop_k) for m in (0, 1)]
-    P = torch.zeros(2, b, B, dtype=torch.bool, device=v.device)
-    return P.scatter(2, torch.stack(near), True).scatter(2, row.expand(2, b)[..., None], True)
-
-
 # ---------------------------------------------------------------------------------- diagnostics
 
 
-def true_labels(data, args):
+def report_recipe(args):
+    """Say which parts of a training are not the authors'."""
+    if args.recipe in OWN:
+        common.print_rank0(f"recipe {args.recipe}: values of this project, not a published setting "
+                           "of WCL")
+    if args.crops:
+        common.print_rank0("multi-crop: our reconstruction (E9), not confirmed by the paper or its "
+                           "code")
+
+
+@torch.no_grad()
+def pair_accuracy(z):
+    """top1, top5: percent of the 2B views of z (2, B, D) with their other view among the 1, 5 most
+    similar rows."""
+    B, q = z.shape[1], z.flatten(0, 1)
+    S = (q @ q.T).fill_diagonal_(float("-inf"))
+    other = S.gather(1, torch.arange(2 * B, device=z.device).roll(B)[:, None])
+    place = (S > other).sum(1)  # rows that are more similar than the other view
+    return {f"top{k}": 100 * (place < k).double().mean() for k in (1, 5)}
+
+
+def purity(y, t):
+    """Percent of the rows whose class t (B,) is the commonest of their group y (B,), both >= 0.
+
+    With the arguments exchanged it is completeness: rows in the group that holds most of their
+    class.
+    """
+    base = t.max() + 1
+    pairs, count = torch.unique(y * base + t, return_counts=True)
+    best = count.new_zeros(int(y.max()) + 1).scatter_reduce(0, pairs // base, count, "amax")
+    return 100 * best.sum().item() / len(y)
+
+
+def true_labels(data):
     """Column --label of the training images (N,), None unless all have one of at least two."""
-    label = data.train.column(args.label)
-    return label if label.min() >= 0 and label.unique().numel() > 1 else None
+    label = data.train.column(data.args.label)
+    return label if 0 <= label.min() < label.max() else None
 
 
-def worth(y, rows, label, step, args):
-    """`statistics` of the batch of a step, with random groups that depend on the step only."""
-    order = torch.randperm(len(rows), generator=common.generator(args.seed, step, "random groups"))
-    y, rows = y.cpu(), rows.cpu()  # small, and a device would be waited for at each count
-    return statistics(y, None if label is None else label[rows], order)
+def label_quality(y, rows, data, step):
+    """What the weak labels y (2, B) of a batch are worth: a dict of floats, means over the views.
+
+    Returns: components, their number; size, images in one; largest, percent of the batch. If all
+    training images have a label: purity and completeness in percent, and random, the purity of
+    random groups of the same sizes, drawn by the step. Purity falls as groups grow: only what lies
+    above `random` is information. Empty without y.
+    """
+    if y is None:
+        return {}
+    y, label, B = y.cpu(), true_labels(data), len(rows)  # one copy: no count waits for the device
+    quality = [dict(components=len(n), size=B / len(n), largest=100 * n.max().item() / B)
+               for n in map(torch.bincount, y)]
+    if label is not None:
+        t = label[rows.cpu()]
+        order = torch.randperm(B, generator=common.generator(data.args.seed, step, "random groups"))
+        for view, of_view in zip(quality, y, strict=True):
+            view.update(purity=purity(of_view, t), random=purity(of_view, t[order]),
+                        completeness=purity(t, of_view))
+    return {name: (quality[0][name] + quality[1][name]) / 2 for name in quality[0]}
 
 
-def untrained(model, data, spec, label, batches=8):
-    """Mean statistics of the weak labels that the present network gives, without training it."""
+@torch.no_grad()
+def batch_graphs(model, data, aug, batches):
+    """Rows (B,) and weak labels (2, B) of the first batches, which are not trained on.
+
+    BatchNorm uses the batch, as in training; its running statistics stay as they are.
+    """
+    network = common.micro_batches(copy.deepcopy(model).train(), data.args)
+    for batch in data.batches(0, min(batches, data.steps_per_epoch), aug):
+        with common.autocast(data.args, data.device):
+            V = common.gather(network(*common.augment(batch))[1])
+        common.check_features(batch.step, head2=V)
+        yield batch.rows, torch.stack([weak_labels(v) for v in V])
+
+
+def untrained_quality(model, data, aug, batches=8):
+    """Mean `label_quality` of the first batches with the present network, without training it."""
     if model.head2 is None:
         return {}
-    found = [worth(y, rows, label, step, data.args)
-             for step, (rows, y) in enumerate(graphs(model, data, spec, batches))]
-    return {name: sum(f[name] for f in found) / len(found) for name in found[0]}
+    quality = [label_quality(y, rows, data, step)
+               for step, (rows, y) in enumerate(batch_graphs(model, data, aug, batches))]
+    return {name: sum(q[name] for q in quality) / len(quality) for name in quality[0]}
 
 
-def words(log):
+def summary_lines(log):
     """Lines of the summary about the weak labels, before training and at its end (rank 0)."""
-    if common.rank() > 0:
-        return []
-    known = [r for r in log.records() if "components" in r]
+    records = [r for r in log.records() if "components" in r] if common.rank() == 0 else []
     lines = []
-    for name, r in zip(("untrained", "trained"), known[:1] + known[-1:]):
-        text = f"  weak labels  {name}: {r['components']:.1f} components of {r['size']:.1f} images"
+    for name, r in zip(("untrained", "trained"), records[:1] + records[-1:]):
+        lines.append("  weak labels  {}: {components:.1f} components of {size:.1f} images".format(
+            name, **r))
         if "purity" in r:
-            text += (f", purity {r['purity']:.1f} % (random groups of these sizes "
-                     f"{r['random']:.1f} %), completeness {r['completeness']:.1f} %")
-        lines.append(text)
-    if known and known[-1]["largest"] > 90:
-        lines.append(f"  warning      one component holds {known[-1]['largest']:.0f} % of a batch: "
-                     "such weak labels say nothing")
+            lines[-1] += (", purity {purity:.1f} % (random groups of these sizes {random:.1f} %), "
+                          "completeness {completeness:.1f} %".format(**r))
+    if records and records[-1]["largest"] > 90:
+        lines.append(f"  warning      one component holds {records[-1]['largest']:.0f} % of a "
+                     "batch: such weak labels say nothing")
     return lines
 
 
-def picture(model, data, spec, args, rows=8, columns=14):
+def components_picture(model, data, aug, rows=8, columns=14):
     """Save components.png: each row the images of one weak label of the first batch, from the
     largest component to the smallest; a frame is green where the image has the commonest class.
 
     Only with --picture. Returns: lines for the summary.
     """
-    if not args.picture or common.stopping():
+    args = data.args
+    if not args.picture or common.should_stop():
         return []
-    batch, y = next(graphs(model, data, spec, 1))
+    batch, y = next(batch_graphs(model, data, aug, 1))
     path = f"{args.out}/components.png"
     if common.rank() > 0:
         return []
-    y, batch, label = y[0].cpu(), batch.cpu(), true_labels(data, args)
+    y, batch, label = y[0].cpu(), batch.cpu(), true_labels(data)
     names = data.train.classes.get(args.label)
     order = torch.bincount(y).argsort(descending=True, stable=True)  # (components,)
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
@@ -511,22 +452,23 @@ def check(args):
     if args.batch_size < 2:
         raise common.BadInput(f"--batch-size {args.batch_size}: WCL needs a global batch of at "
                               "least 2, an image needs a neighbour")
-    common.require(args, above=["tau", "alpha", "hidden", "dim", "crop_k"],
-                   least=["beta", "gamma", "delta", "crops", "warmup", "weak_epochs"])
+    common.check_ranges(args, above=["tau", "alpha", "hidden", "dim", "crop_k"],
+                        least=["beta", "gamma", "delta", "crops", "warmup", "weak_epochs"])
     if args.warmup >= args.epochs:
         raise common.BadInput(f"--warmup {args.warmup} must be shorter than --epochs {args.epochs}")
     if (args.weak_epochs or 0) > args.epochs:
         raise common.BadInput(f"--weak-epochs {args.weak_epochs}: there are {args.epochs} epochs")
-    common.require_views(args, "weak_crop", "weak_jitter")
+    common.check_views(args, "weak_crop", "weak_jitter")
     if args.crops == 0:
-        common.unused(args, ["crop_k", "crop_positives", "gamma", "delta"], "without --crops")
+        common.reject_unused(args, ["crop_k", "crop_positives", "gamma", "delta"],
+                             "without --crops")
     if args.beta == 0 and (args.crops or args.picture):
         raise common.BadInput("--beta 0 has no weak labels: --crops and --picture need --beta "
                               "above 0")
 
 
 def main(argv=None):
-    """Flags and start; `main([...])` runs in this process."""
+    """Parse the flags and train; `main([...])` runs in this process."""
     parser = common.Parser("wcl", __doc__, RECIPES)
     add = parser.add_argument_group("WCL").add_argument
     add("--tau", type=float, default=0.1, help="tau of all losses")

@@ -112,15 +112,15 @@ def run_main(tmp_path, shapes_once, monkeypatch):
     stop: the number of the step during which this process gets a SIGTERM.
     """
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    real = common.finite
+    real = common.check_loss
 
     def run(main, name, argv, stop=None):
-        def finite(loss, step):
+        def check_loss(loss, step, *checks, **more_checks):
             if step == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return real(loss, step)
+            return real(loss, step, *checks, **more_checks)
 
-        monkeypatch.setattr(common, "finite", finite)
+        monkeypatch.setattr(common, "check_loss", check_loss)
         main([*argv, "--out", str(tmp_path / name)])
         return checkpoint(tmp_path / name)
 

@@ -63,14 +63,14 @@ FULL = dict(
 )
 
 
-def reference_one(x, p, spec, cropped=False):
+def reference_one(x, p, aug, cropped=False):
     """torchvision's functions on one (3, H, W) uint8 image; p is one row of the params."""
-    size = spec["size"]
+    size = aug["size"]
     x = x.float() / 255
     if not cropped:
         box = [0, 0, *x.shape[1:]]
-        if spec["crop"] is not None:
-            box = reference_box(p["crop"].tolist(), *x.shape[1:], spec["crop"], spec["ratio"])
+        if aug["crop"] is not None:
+            box = reference_box(p["crop"].tolist(), *x.shape[1:], aug["crop"], aug["ratio"])
         x = vision.resized_crop(x, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
     if p["flip"]:
         x = vision.horizontal_flip(x)
@@ -80,20 +80,20 @@ def reference_one(x, p, spec, cropped=False):
     if p["gray"]:
         x = vision.rgb_to_grayscale(x, num_output_channels=3)
     if p["sigma"] > 0:
-        kernel = min(2 * math.ceil(3 * spec["sigma"][1]) + 1, 2 * size - 1)
+        kernel = min(2 * math.ceil(3 * aug["sigma"][1]) + 1, 2 * size - 1)
         x = vision.gaussian_blur(x, [kernel, kernel], [p["sigma"].item()] * 2)
     if p["solarize"]:
         x = vision.solarize(x, 0.5)
-    x = vision.normalize(x, list(spec["mean"]), list(spec["std"]))
+    x = vision.normalize(x, list(aug["mean"]), list(aug["std"]))
     top, left, h, w = p["erase"].tolist()
     if h > 0:
         x = vision.erase(x, top, left, h, w, torch.zeros(1))
     return x
 
 
-def reference(x, params, spec, cropped=False):
+def reference(x, params, aug, cropped=False):
     rows = [{key: value[i] for key, value in params.items()} for i in range(len(x))]
-    return torch.stack([reference_one(x[i], rows[i], spec, cropped) for i in range(len(x))])
+    return torch.stack([reference_one(x[i], rows[i], aug, cropped) for i in range(len(x))])
 
 
 def reference_box(u, height, width, scale, ratio):
@@ -115,20 +115,20 @@ def reference_box(u, height, width, scale, ratio):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def unchanged(spec, n, **rows):
+def unchanged(aug, n, **rows):
     """Params of n images in which nothing happens but what `rows` sets."""
-    params = common.draw(make(spec["size"]), n, generator())
+    params = common.sample_params(make(aug["size"]), n, generator())
     params.update({key: torch.as_tensor(value) for key, value in rows.items()})
     return params
 
 
-def check(x, params, spec, cropped=False):
+def check(x, params, aug, cropped=False):
     """Compare in units of [0, 1]: normalisation would scale the error."""
-    std = torch.tensor(spec["std"]).view(3, 1, 1)
-    got = common.transform(x, params, spec, cropped)
-    assert got.shape == (len(x), 3, spec["size"], spec["size"])
+    std = torch.tensor(aug["std"]).view(3, 1, 1)
+    got = common.apply_params(x, params, aug, cropped)
+    assert got.shape == (len(x), 3, aug["size"], aug["size"])
     assert got.dtype == torch.float32 and got.is_contiguous()
-    want = reference(x, params, spec, cropped)
+    want = reference(x, params, aug, cropped)
     torch.testing.assert_close(got * std, want * std, **TOLERANCE)
     return got
 
@@ -177,40 +177,40 @@ def test_crop_boxes_take_a_size_per_image_and_extreme_uniforms():
 
 
 def test_draw_is_a_function_of_the_seed_and_slices_by_rank():
-    spec = make(**FULL)
-    whole = common.draw(spec, 64, generator(3))
-    again = common.draw(spec, 64, generator(3))
-    other = common.draw(spec, 64, generator(4))
+    aug = make(**FULL)
+    whole = common.sample_params(aug, 64, generator(3))
+    again = common.sample_params(aug, 64, generator(3))
+    other = common.sample_params(aug, 64, generator(4))
     for key, value in whole.items():
         assert len(value) == 64 and value.device.type == "cpu"
         assert torch.equal(value, again[key])
         assert not torch.equal(value, other[key])
     x = images(64)
-    view = common.transform(x, whole, spec)
+    view = common.apply_params(x, whole, aug)
     for start in range(0, 64, 16):
         rows = slice(start, start + 16)
-        part = common.transform(x[rows], {k: v[rows] for k, v in whole.items()}, spec)
+        part = common.apply_params(x[rows], {k: v[rows] for k, v in whole.items()}, aug)
         torch.testing.assert_close(part, view[rows], atol=1e-6, rtol=0)
 
 
 def test_draw_leaves_global_randomness_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    common.transform(images(4), common.draw(make(**FULL), 4, generator()), make(**FULL))
+    common.apply_params(images(4), common.sample_params(make(**FULL), 4, generator()), make(**FULL))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_draw_does_not_move_when_another_probability_changes():
-    a = common.draw(make(**FULL), 50, generator())
-    b = common.draw(make(**dict(FULL, flip=0.9, blur=0.0)), 50, generator())
+    a = common.sample_params(make(**FULL), 50, generator())
+    b = common.sample_params(make(**dict(FULL, flip=0.9, blur=0.0)), 50, generator())
     for key in a.keys() - {"flip", "sigma"}:
         assert torch.equal(a[key], b[key])
 
 
 def test_draw_has_the_stated_distributions():
     n = 20000
-    spec = make(**dict(FULL, sigma=(0.1, 2.0), jitter=(0.4, 1.5, 0.2, 0.1)))
-    p = common.draw(spec, n, generator())
+    aug = make(**dict(FULL, sigma=(0.1, 2.0), jitter=(0.4, 1.5, 0.2, 0.1)))
+    p = common.sample_params(aug, n, generator())
 
     def near(observed, expected, spread):
         # Five standard errors of the mean of n draws with this standard deviation.
@@ -220,7 +220,7 @@ def test_draw_has_the_stated_distributions():
     erased = p["erase"][:, 2] > 0
     flags = dict(p, jitter_p=p["jitter"], blur=blurred, erase=erased)
     for key in ("flip", "jitter_p", "gray", "blur", "solarize", "erase"):
-        near(flags[key].float().mean(), spec[key], 0.5)
+        near(flags[key].float().mean(), aug[key], 0.5)
     flags = torch.stack([flags[k] for k in ("flip", "jitter", "gray", "blur", "solarize", "erase")])
     assert (torch.corrcoef(flags.float()) - torch.eye(6)).abs().max() < 5 / math.sqrt(n)
     # Contrast of strength 1.5 is cut off at 0.
@@ -248,7 +248,7 @@ def test_erase_boxes_follow_torchvision():
 
     n = 4000
     for size in (32, 96):
-        p = common.draw(make(size, erase=1.0), n, generator())["erase"]
+        p = common.sample_params(make(size, erase=1.0), n, generator())["erase"]
         top, left, h, w = p.double().T
         assert (h < size).all() and (w < size).all() and (top >= 0).all() and (left >= 0).all()
         assert (top + h <= size).all() and (left + w <= size).all()
@@ -268,7 +268,7 @@ def test_erase_draws_follow_torchvisions_loop():
     # A ratio of 0.3 or 3.3 often fails in a 4 x 4 image, so later attempts are reached.
     for size in (4, 32):
         u = torch.rand(300, 59, generator=generator(7))
-        boxes = common.draw(make(size, erase=1.0), 300, generator(7))["erase"].tolist()
+        boxes = common.sample_params(make(size, erase=1.0), 300, generator(7))["erase"].tolist()
         for row, box in zip(u[:, 36:58].tolist(), boxes):
             want = [0, 0, 0, 0]
             for attempt in range(10):
@@ -286,18 +286,18 @@ def test_erase_draws_follow_torchvisions_loop():
 @pytest.mark.parametrize("key", ["flip", "jitter_p", "gray", "blur", "solarize", "erase"])
 def test_probabilities_of_0_and_1(key):
     for probability in (0.0, 1.0):
-        p = common.draw(make(**{key: probability}), 2000, generator())
+        p = common.sample_params(make(**{key: probability}), 2000, generator())
         name = {"jitter_p": "jitter", "blur": "sigma"}.get(key, key)
         happens = p["erase"][:, 2] > 0 if key == "erase" else p[name] > 0
         assert happens.all() if probability else not happens.any()
     for wrong in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=key):
-            common.draw(make(**{key: wrong}), 2, generator())
+            common.sample_params(make(**{key: wrong}), 2, generator())
 
 
 def test_hue_strength_is_checked():
     with pytest.raises(ValueError, match="hue strength 0.6"):
-        common.draw(make(jitter=(0.4, 0.4, 0.4, 0.6)), 2, generator())
+        common.sample_params(make(jitter=(0.4, 0.4, 0.4, 0.6)), 2, generator())
 
 
 # Each operation
@@ -309,22 +309,22 @@ def test_hue_strength_is_checked():
 )
 @pytest.mark.parametrize("crop", [None, (0.08, 1.0), (0.9, 1.0)])
 def test_crop_and_resize(height, width, size, crop):
-    spec = make(size, crop=crop, flip=0.5)
-    check(images(24, height, width), common.draw(spec, 24, generator()), spec)
+    aug = make(size, crop=crop, flip=0.5)
+    check(images(24, height, width), common.sample_params(aug, 24, generator()), aug)
 
 
 def test_resize_of_a_large_image():
-    spec = make(64, crop=(0.3, 1.0), flip=0.5)
-    x, params = images(6, 375, 500), common.draw(spec, 6, generator())
-    got = common.transform(x, params, spec)
-    torch.testing.assert_close(got, reference(x, params, spec), **TOLERANCE)
+    aug = make(64, crop=(0.3, 1.0), flip=0.5)
+    x, params = images(6, 375, 500), common.sample_params(aug, 6, generator())
+    got = common.apply_params(x, params, aug)
+    torch.testing.assert_close(got, reference(x, params, aug), **TOLERANCE)
 
 
 def test_flip_of_one_row_is_the_mirror_image():
     x = images(3)
     params = unchanged(make(), 3, flip=[True, False, True])
     for cropped in (False, True):
-        out = common.transform(x, params, make(), cropped) * 255
+        out = common.apply_params(x, params, make(), cropped) * 255
         assert torch.equal(out[0].round(), x[0].flip(-1).float())
         assert torch.equal(out[1].round(), x[1].float())
         assert torch.equal(out[2].round(), x[2].flip(-1).float())
@@ -372,31 +372,31 @@ def test_each_jitter_order():
 
 
 def test_gray_solarize_and_erase_touch_their_rows_only():
-    spec = make(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    aug = make(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     x = images(5)
-    plain = common.transform(x, unchanged(spec, 5), spec)
+    plain = common.apply_params(x, unchanged(aug, 5), aug)
     erase = torch.zeros(5, 4, dtype=torch.int64)
     erase[4] = torch.tensor([3, 5, 11, 20])
     params = unchanged(
-        spec,
+        aug,
         5,
         gray=[False, True, False, True, False],
         solarize=[False, False, True, True, False],
         erase=erase,
     )
-    out = check(x, params, spec)
+    out = check(x, params, aug)
     assert torch.equal(out[0], plain[0])
     assert (out[4, :, 3:14, 5:25] == 0).all()
     plain[4, :, 3:14, 5:25] = 0
     assert torch.equal(out[4], plain[4])
-    mean, std = (torch.tensor(spec[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(aug[key]).view(3, 1, 1) for key in ("mean", "std"))
     gray = out[1] * std + mean
     assert (gray - gray[:1]).abs().max() < 1e-6
 
 
 def test_solarize_turns_the_upper_half_of_the_levels():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
-    out = common.transform(x, unchanged(make(16), 1, solarize=[True]), make(16), cropped=True)
+    out = common.apply_params(x, unchanged(make(16), 1, solarize=[True]), make(16), cropped=True)
     level = x.float() / 255
     torch.testing.assert_close(out, torch.where(x >= 128, 1 - level, level), atol=1e-7, rtol=0)
 
@@ -408,20 +408,20 @@ def test_blur_has_a_sigma_per_image(size):
     x = images(8, size, size)
     params = unchanged(make(size), 8, sigma=sigma)
     out = check(x, params, make(size))
-    plain = common.transform(x, unchanged(make(size), 8), make(size))
+    plain = common.apply_params(x, unchanged(make(size), 8), make(size))
     assert torch.equal(out[sigma == 0], plain[sigma == 0])
 
 
 def test_blur_kernel_follows_the_largest_sigma():
-    spec = make(48, sigma=(3.0, 5.0), blur=1.0)
-    check(images(6, 48, 48), common.draw(spec, 6, generator()), spec)
+    aug = make(48, sigma=(3.0, 5.0), blur=1.0)
+    check(images(6, 48, 48), common.sample_params(aug, 6, generator()), aug)
 
 
 # The whole chain
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whole_chain_with_random_specs(seed):
+def test_whole_chain_with_random_augmentations(seed):
     g = generator(100 + seed)
 
     def pick(*choices):
@@ -429,7 +429,7 @@ def test_whole_chain_with_random_specs(seed):
 
     size = pick(16, 31, 32, 48)
     height, width = pick((32, 32), (96, 64), (29, 41), (150, 200))
-    spec = make(
+    aug = make(
         size,
         crop=pick(None, (0.08, 1.0), (0.5, 0.9)),
         ratio=pick((3 / 4, 4 / 3), (1.0, 1.0), (0.5, 3.0)),
@@ -445,28 +445,28 @@ def test_whole_chain_with_random_specs(seed):
         solarize=pick(0.0, 0.2, 1.0),
     )
     n = pick(1, 17, 70)
-    check(images(n, height, width, seed), common.draw(spec, n, g), spec)
+    check(images(n, height, width, seed), common.sample_params(aug, n, g), aug)
 
 
 def test_cropped_images_skip_only_the_crop():
-    spec = make(**FULL)
-    params = common.draw(spec, 40, generator())
-    check(images(40), params, spec, cropped=True)
+    aug = make(**FULL)
+    params = common.sample_params(aug, 40, generator())
+    check(images(40), params, aug, cropped=True)
 
 
 def test_crop_in_a_worker_equals_crop_on_the_device():
-    spec = make(**FULL)
-    x, params = images(20, 40, 52), common.draw(spec, 20, generator())
-    boxes = common.crop_boxes(params["crop"], 40, 52, spec["crop"], spec["ratio"])
+    aug = make(**FULL)
+    x, params = images(20, 40, 52), common.sample_params(aug, 20, generator())
+    boxes = common.crop_boxes(params["crop"], 40, 52, aug["crop"], aug["ratio"])
     crops = []
     for image, (top, left, h, w) in zip(x, boxes.tolist()):
         pil = Image.fromarray(image.permute(1, 2, 0).numpy())
         pil = pil_functional.resized_crop(pil, top, left, h, w, [32, 32])
         crops.append(pil_functional.pil_to_tensor(pil))
-    spec = make(**dict(FULL, jitter_p=0.0, solarize=0.0, std=(1.0, 1.0, 1.0)))
-    params = common.draw(spec, 20, generator())
-    got = common.transform(torch.stack(crops), params, spec, cropped=True)
-    want = common.transform(x, params, spec)
+    aug = make(**dict(FULL, jitter_p=0.0, solarize=0.0, std=(1.0, 1.0, 1.0)))
+    params = common.sample_params(aug, 20, generator())
+    got = common.apply_params(torch.stack(crops), params, aug, cropped=True)
+    want = common.apply_params(x, params, aug)
     # PIL rounds to 8 bits after the horizontal and after the vertical pass.
     assert (got - want).abs().max() <= 1.1 / 255
 
@@ -474,10 +474,10 @@ def test_crop_in_a_worker_equals_crop_on_the_device():
 @pytest.mark.parametrize("hue", [0.0, 0.1])
 def test_against_the_pil_pipeline(hue):
     jitter = (0.4, 0.4, 0.4, hue)
-    spec = make(crop=(0.2, 1.0), flip=0.5, jitter=jitter, jitter_p=1.0, gray=0.2)
-    x, params = images(100), common.draw(spec, 100, generator())
-    got = common.transform(x, params, spec) * 255
-    boxes = common.crop_boxes(params["crop"], 32, 32, spec["crop"], spec["ratio"])
+    aug = make(crop=(0.2, 1.0), flip=0.5, jitter=jitter, jitter_p=1.0, gray=0.2)
+    x, params = images(100), common.sample_params(aug, 100, generator())
+    got = common.apply_params(x, params, aug) * 255
+    boxes = common.crop_boxes(params["crop"], 32, 32, aug["crop"], aug["ratio"])
     ops = [getattr(pil_functional, op.__name__) for op in JITTER_OPS]
     want = []
     for i in range(100):
@@ -503,7 +503,7 @@ def test_each_jitter_operation_against_pil(op):
     spread = 0.1 if op == 3 else 0.4
     factor[:, op] += torch.linspace(-spread, spread, 50)
     x = images(50)
-    got = common.transform(x, unchanged(make(), 50, factor=factor, jitter=[True] * 50), make())
+    got = common.apply_params(x, unchanged(make(), 50, factor=factor, jitter=[True] * 50), make())
     function = getattr(pil_functional, JITTER_OPS[op].__name__)
     pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in x]
     pil = [function(image, value.item()) for image, value in zip(pil, factor[:, op])]
@@ -515,36 +515,36 @@ def test_each_jitter_operation_against_pil(op):
 
 
 def test_images_do_not_depend_on_their_batch():
-    spec = make(**FULL)
-    x, params = images(90), common.draw(spec, 90, generator())
-    whole = common.transform(x, params, spec)
-    assert torch.equal(whole, common.transform(x, params, spec))
+    aug = make(**FULL)
+    x, params = images(90), common.sample_params(aug, 90, generator())
+    whole = common.apply_params(x, params, aug)
+    assert torch.equal(whole, common.apply_params(x, params, aug))
     for i in (0, 41, 89):
-        one = common.transform(x[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, spec)
+        one = common.apply_params(x[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, aug)
         torch.testing.assert_close(one[0], whole[i], atol=1e-6, rtol=0)
     turn = torch.randperm(90, generator=generator())
-    turned = common.transform(x[turn], {k: v[turn] for k, v in params.items()}, spec)
+    turned = common.apply_params(x[turn], {k: v[turn] for k, v in params.items()}, aug)
     torch.testing.assert_close(turned, whole[turn], atol=1e-6, rtol=0)
 
 
 def test_input_is_not_changed_and_an_empty_batch_is_empty():
-    spec = make(**FULL)
-    x, params = images(8), common.draw(spec, 8, generator())
+    aug = make(**FULL)
+    x, params = images(8), common.sample_params(aug, 8, generator())
     before, numbers = x.clone(), {k: v.clone() for k, v in params.items()}
-    common.transform(x, params, spec)
-    common.transform(x, params, spec, cropped=True)
+    common.apply_params(x, params, aug)
+    common.apply_params(x, params, aug, cropped=True)
     assert torch.equal(x, before)
     assert all(torch.equal(params[k], numbers[k]) for k in params)
-    empty = common.transform(x[:0], {k: v[:0] for k, v in params.items()}, spec)
+    empty = common.apply_params(x[:0], {k: v[:0] for k, v in params.items()}, aug)
     assert empty.shape == (0, 3, 32, 32)
 
 
 def test_strided_images_and_reduced_precision_change_nothing(monkeypatch):
-    spec = make(**FULL)
-    x, params = images(8), common.draw(spec, 8, generator())
-    want = common.transform(x, params, spec)
+    aug = make(**FULL)
+    x, params = images(8), common.sample_params(aug, 8, generator())
+    want = common.apply_params(x, params, aug)
     last = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(common.transform(last, params, spec), want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(common.apply_params(last, params, aug), want, atol=1e-6, rtol=0)
     # Many CPUs ignore the setting, so look at it where it matters.
     seen, bmm = [], torch.bmm
 
@@ -557,7 +557,7 @@ def test_strided_images_and_reduced_precision_change_nothing(monkeypatch):
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = common.transform(x, params, spec)
+            got = common.apply_params(x, params, aug)
         assert set(seen) == {"highest"}
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -568,29 +568,29 @@ def test_strided_images_and_reduced_precision_change_nothing(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu():
-    spec = make(**FULL)
-    x, params = images(300, 40, 52), common.draw(spec, 300, generator())
-    want = common.transform(x, params, spec)
-    common.transform(x.cuda(), params, spec)
+    aug = make(**FULL)
+    x, params = images(300, 40, 52), common.sample_params(aug, 300, generator())
+    want = common.apply_params(x, params, aug)
+    common.apply_params(x.cuda(), params, aug)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
     try:
         on_device = x.cuda(non_blocking=True)
-        got = common.transform(on_device, params, spec)
+        got = common.apply_params(on_device, params, aug)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.backends.cuda.matmul.allow_tf32 = False
-    std = torch.tensor(spec["std"]).view(3, 1, 1)
+    std = torch.tensor(aug["std"]).view(3, 1, 1)
     torch.testing.assert_close(got.cpu() * std, want * std, **TOLERANCE)
 
 
 def test_bad_input_is_refused():
-    spec = make(**FULL)
-    x, params = images(4), common.draw(spec, 4, generator())
+    aug = make(**FULL)
+    x, params = images(4), common.sample_params(aug, 4, generator())
     for wrong in (x.float(), x[0], x[:, :1], x.permute(0, 2, 3, 1)):
         with pytest.raises(ValueError, match="must be .n, 3, H, W. uint8"):
-            common.transform(wrong, params, spec)
+            common.apply_params(wrong, params, aug)
     with pytest.raises(ValueError, match="32 x 32, got 40 x 32"):
-        common.transform(images(4, 40, 32), params, spec, cropped=True)
+        common.apply_params(images(4, 40, 32), params, aug, cropped=True)
     with pytest.raises(ValueError, match="one row for each of the 3"):
-        common.transform(x[:3], params, spec)
+        common.apply_params(x[:3], params, aug)

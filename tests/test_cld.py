@@ -58,8 +58,11 @@ TRAININGS = {
     "mocov2": ["--base", "mocov2", "--queue", "48", "--head", "normmlp"],
     "infomin": ["--base", "infomin", "--queue", "35", "--head", "mlp"],
     "byol": ["--base", "byol", "--head", "normmlp", "--key-momentum", "0.9"],
-    "rank": ["--group-scope", "rank", "--k", "3"],
+    "rows": ["--group-rows", "4", "--k", "3"],
+    "uneven": ["--micro-batch", "3"],  # divides neither 16, 8 nor 4 rows
 }
+NORM = {  # with BatchNorm: parts of 4 rows on any number of processes
+    name: TRAININGS[name] for name in ("npid", "nce", "moco", "mocov2", "infomin", "byol")}
 
 
 def parse(*argv):
@@ -71,8 +74,23 @@ def parse(*argv):
     return found[0]
 
 
-def train(folder, *argv):
-    """A short run of cld.train in float64 without BatchNorm; what this rank has at its end."""
+class NormPixels(Pixels):
+    """The same with BatchNorm."""
+
+    def __init__(self, *_):
+        super().__init__()
+        self.norm = batch_norm(12)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+batch_norm = nn.BatchNorm1d
+
+
+def train(folder, *argv, norm=False):
+    """A short run of cld.train in float64, without BatchNorm unless asked; what this rank has at
+    its end."""
     kept = {}
 
     def keep(name, make):
@@ -84,7 +102,7 @@ def train(folder, *argv):
     def tables(*values):
         return [t and t.double() for t in memory(*values)]
 
-    memory = cld.memory
+    memory = cld.make_memory
     model = keep("model", lambda args: network(args).double())
     network = cld.CLD
     args = parse("--batch-size", str(B), "--image-size", "8", "--epochs", "2", "--k", "5",
@@ -93,8 +111,9 @@ def train(folder, *argv):
                  "--out", folder)
     with contextlib.ExitStack() as stack:
         for where, name, value in (
-                (common, "resnet", Pixels), (nn, "BatchNorm1d", lambda width: nn.Identity()),
-                (cld, "CLD", model), (cld, "memory", keep("tables", tables)),
+                (common, "resnet", NormPixels if norm else Pixels),
+                (nn, "BatchNorm1d", batch_norm if norm else lambda width: nn.Identity()),
+                (cld, "CLD", model), (cld, "make_memory", keep("tables", tables)),
                 (cld.copy, "deepcopy", keep("key", cld.copy.deepcopy)),
                 (common, "optimizer", keep("optimizer", common.optimizer)),
                 (common, "curves", lambda *_: None), (common, "views_picture", lambda *_: None)):
@@ -110,36 +129,26 @@ def train(folder, *argv):
 
 
 def case_train(folder):
-    return {name: train(f"{folder}/{name}-{common.world()}", *argv)
-            for name, argv in TRAININGS.items()}
-
-
-def case_by_parts(folder):
-    """What --group-scope rank on W ranks means, computed in one process."""
-    if common.world() > 1:
-        return {}
-    real, found = cld.cld, {}
-    for W in ranks.NS[1:]:
-        def parts(f, *values, W=W, keys=None, first=0, **options):
-            assert keys is f and first == 0
-            return [torch.cat(pair, 1) for pair in zip(*(
-                real(chunk, *values, **options) for chunk in f.chunk(W, dim=1)))]
-        with mock.patch.object(cld, "cld", parts):
-            found[W] = train(f"{folder}/parts-{W}", *TRAININGS["rank"])
+    found = {name: train(f"{folder}/{name}-{common.world()}", *argv)
+             for name, argv in TRAININGS.items()}
+    for name, argv in NORM.items():
+        parts = [] if common.world() == 4 else ["--micro-batch", "4"]
+        found[f"norm {name}"] = train(f"{folder}/norm-{name}-{common.world()}", *argv, *parts,
+                                      norm=True)
+    if common.world() == 1:
+        found["norm whole"] = train(f"{folder}/norm-whole", *TRAININGS["moco"], norm=True)
     return found
 
 
 def case_gradients(folder):
     """Gradient of the cross-level loss at the features, as DDP's mean would have it."""
-    f = features(B)
-    own = ranks.own_rows(B)
-    mine = f[:, own].clone().requires_grad_()
-    l, hit = cld.cld(mine, 5, 5, 0.2, common.gather(mine, dim=1), own.start)
-    l.mean().backward()
-    return dict(l=l.detach(), hit=hit, grad=mine.grad / common.world())
+    mine = features(B)[:, ranks.own_rows(B)].clone().requires_grad_()
+    loss, accuracy = cld.cld(common.gather(mine), 5, 5, 0.2)
+    loss.backward()
+    return dict(loss=loss.detach(), accuracy=accuracy, grad=mine.grad / common.world())
 
 
-CASES = dict(train=case_train, by_parts=case_by_parts, gradients=case_gradients)
+CASES = dict(train=case_train, gradients=case_gradients)
 results = ranks.pool(__name__)
 
 
@@ -147,9 +156,10 @@ results = ranks.pool(__name__)
 def test_cross_level_gradients_are_those_of_one_process(results, N):
     one = results[1][0]["gradients"]
     assert one["grad"].abs().max() > 1e-3
-    for name, value in one.items():
-        together = torch.cat([r["gradients"][name] for r in results[N]], 1)
-        close(together, value)
+    for r in results[N]:
+        close(r["gradients"]["loss"], one["loss"])
+        assert r["gradients"]["accuracy"] == one["accuracy"]
+    close(torch.cat([r["gradients"]["grad"] for r in results[N]], 1), one["grad"])
 
 
 def read_log(folder):
@@ -160,10 +170,10 @@ def read_log(folder):
 
 
 @many
-@pytest.mark.parametrize("name", [n for n in TRAININGS if n != "rank"])
+@pytest.mark.parametrize("name", TRAININGS)
 def test_training_ends_with_the_state_of_one_process(results, N, name):
     """Weights, momentum (the gradients), bank, Z, queue, pointer and key network."""
-    one = results[1][0]["train"][name]
+    one = results[1][0]["train"]["npid" if name == "uneven" else name]
     tables = dict(npid=["/bank/V"], nce=["/bank/V", "/bank/Z"], moco=["/queue/keys", "/queue/ptr"])
     for key in tables.get(name, []):
         assert key in one
@@ -182,28 +192,37 @@ def test_training_ends_with_the_state_of_one_process(results, N, name):
 @many
 def test_logs_are_those_of_one_process(results, tmp_path_factory, N):
     folder = next(tmp_path_factory.getbasetemp().glob("pool*/npid-1")).parent
-    for name in TRAININGS:
-        if name != "rank":
-            one, log = (read_log(folder / f"{name}-{n}") for n in (1, N))
-            assert len(one) == 8 + 3 and ("group_acc" in one[1]) == (name != "pure")
-            for a, b in zip(one, log, strict=True):
-                assert a == pytest.approx(b, abs=1e-9)
+    for name in (*TRAININGS, *(f"norm-{name}" for name in NORM)):
+        one, log = (read_log(folder / f"{name}-{n}") for n in (1, N))
+        assert len(one) == 8 + 3 and ("group_acc" in one[1]) == (name != "pure")
+        for a, b in zip(one, log, strict=True):
+            assert a == pytest.approx(b, abs=1e-9)
 
 
 @many
-def test_grouping_of_each_rank(results, N):
-    """--group-scope rank: as if one process grouped the parts of the batch; not as globally."""
-    expected = results[1][0]["by_parts"][N]
-    for r in results[N]:
-        for key, value in expected.items():
-            if isinstance(value, torch.Tensor):
-                close(r["train"]["rank"][key], value)
-    globally = results[1][0]["train"]["rank"]["/model/group.weight"]
-    assert (results[N][0]["train"]["rank"]["/model/group.weight"] - globally).abs().max() > 1e-4
+@pytest.mark.parametrize("name", NORM)
+def test_a_part_is_a_process(results, N, name):
+    """With BatchNorm, in the network and in the key network, whose keys are shuffled among the
+    parts. The running statistics are those of the first part of the first rank."""
+    one = results[1][0]["train"][f"norm {name}"]
+    assert any("running_mean" in key for key in one)
+    for i, r in enumerate(results[N]):
+        for key, value in one.items():
+            if isinstance(value, torch.Tensor) and (i == 0 or "running" not in key):
+                close(r["train"][f"norm {name}"][key], value)
+
+
+def test_other_parts_would_be_noticed(results):
+    found = results[1][0]["train"]
+    weights = [found[name]["/model/backbone.fc.weight"]
+               for name in ("norm moco", "norm whole", "moco")]
+    for i, a in enumerate(weights):
+        assert all((a - b).abs().max() > 1e-3 for b in weights[:i])
 
 
 def test_the_trainings_differ_from_each_other(results):
-    weights = [state["/model/backbone.fc.weight"] for state in results[1][0]["train"].values()]
+    found = results[1][0]["train"]
+    weights = [found[name]["/model/backbone.fc.weight"] for name in TRAININGS if name != "uneven"]
     for i, a in enumerate(weights):
         assert all((a - b).abs().max() > 1e-3 for b in weights[:i])
 
@@ -247,18 +266,6 @@ def test_seeds_that_are_equal():
     close(x.grad, share[:, None].expand(5, 4))
 
 
-def test_group_bad_input():
-    x = torch.rand(6, 3)
-    for k, iters in ((0, 5), (-1, 5), (2, 0)):
-        with pytest.raises(ValueError, match=f"k = {k}, iters = {iters}"):
-            cld.kmeans(x, k, iters)
-    with pytest.raises(ValueError, match="k-means of"):
-        cld.kmeans(x[0], 2, 5)
-    for k_eigen in (7, -1):
-        with pytest.raises(ValueError, match=f"{k_eigen} eigenvectors of a graph of 6 rows"):
-            cld.group(x, 2, 5, k_eigen)
-
-
 def test_cuts_of_rows_that_are_zero_or_not_finite():
     x = features(12, views=1)[0]
     x[5] = 0
@@ -274,30 +281,38 @@ def test_cuts_of_rows_that_are_zero_or_not_finite():
 
 def test_one_group_has_no_loss():
     f = features(7).requires_grad_()
-    l, hit = cld.cld(f, 1)
-    l.mean().backward()
-    assert (l == 0).all() and hit.all() and (f.grad == 0).all()
+    loss, accuracy = cld.cld(f, 1)
+    loss.backward()
+    assert loss == 0 and accuracy == 1 and (f.grad == 0).all()
 
 
 def test_as_many_groups_as_rows_is_infonce_across_the_views():
     f, t = features(9), 0.3
     s = f[0] @ f[1].T / t
     own = torch.arange(9)
-    expected = torch.stack([F.cross_entropy(s, own, reduction="none"),
-                            F.cross_entropy(s.T, own, reduction="none")])
-    close(cld.cld(f, 9, 5, t)[0], expected)
+    close(cld.cld(f, 9, 5, t)[0], (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2)
     # further groups are empty: each adds a logit of 0
-    more = torch.cat([s, torch.zeros(9, 4, dtype=s.dtype)], 1)
-    close(cld.cld(f, 13, 5, t)[0][0], F.cross_entropy(more, own, reduction="none"))
+    wide = [torch.cat([x, torch.zeros(9, 4, dtype=s.dtype)], 1) for x in (s, s.T)]
+    close(cld.cld(f, 13, 5, t)[0], sum(F.cross_entropy(x, own) for x in wide) / 2)
 
 
-def test_cross_level_loss_bad_input():
-    f = features(6)
-    for wrong in (f[0], f[:1], torch.cat([f, f])):
-        with pytest.raises(ValueError, match="2, rows, D"):
-            cld.cld(wrong, 3)
-    with pytest.raises(ValueError, match="tau must be above 0, got 0"):
-        cld.cld(f, 3, tau=0)
+def test_groups_of_parts_of_the_batch():
+    f = features(12)
+    parts = [cld.cld(f[:, i:i + 4], 3) for i in (0, 4, 8)]
+    loss, accuracy = cld.cld(f, 3, group_rows=4)
+    close(loss, sum(l for l, _ in parts) / 3)
+    close(accuracy, sum(a for _, a in parts) / 3)
+    close(cld.cld(f, 3, group_rows=12)[0], cld.cld(f, 3)[0])
+    assert (loss - cld.cld(f, 3)[0]).abs() > 1e-2
+
+
+def test_half_precision_is_upcast():
+    f, V = features(20).bfloat16(), normal(50, 8, seed=3).float()
+    calls = [lambda f: cld.cld(f, 4)[0], lambda f: cld.npid(f[0], V, torch.arange(20), 0.1),
+             lambda f: cld.moco(f[0], f[1].float(), V, 0.1), lambda f: cld.byol(f, f.flip(1)),
+             lambda f: cld.exp_similarity(f[0], V, torch.arange(40).view(20, 2), 0.1)]
+    for call in calls:
+        assert call(f).dtype == torch.float32 and torch.equal(call(f), call(f.float()))
 
 
 def test_cross_level_gradient():
@@ -319,10 +334,10 @@ def test_npid_by_blocks_keeps_no_logits():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             l = cld.npid(x, V, index, 0.1, block)
         saved.pop(V.untyped_storage().data_ptr(), None)
-        l.mean().backward()
+        l.backward()
         found.append((l.detach(), x.grad, sum(saved.values())))
     (one, one_grad, logits), (many_blocks, grad, few) = found
-    close(one, -(f @ V.T / 0.1).log_softmax(1)[torch.arange(6), index])
+    close(one, -(f @ V.T / 0.1).log_softmax(1)[torch.arange(6), index].mean())
     close(one, many_blocks)
     close(one_grad, grad)
     assert logits >= 6 * 500 and few < 500
@@ -337,28 +352,16 @@ def test_byol_loss():
 # ------------------------------------------------------------------ tables
 
 
-def test_bank_rows_that_come_twice():
-    """The last occurrence counts; the others and their order do not matter."""
-    V, f = normal(9, 4), features(5, D=4)
+def test_update_of_the_bank():
+    """View 2 first, view 1 on top of it; other rows stay."""
+    V, f, index = normal(9, 4), features(3, D=4), torch.tensor([3, 7, 0])
     bank = cld.Bank(V.clone())
-    bank.update(f, torch.tensor([3, 7, 3, 0, 3]), 0.5)
+    bank.update(f, index, 0.3)
     expected = V.clone()
-    for i, row in ((4, 3), (1, 7), (3, 0)):
+    for i, row in enumerate(index):
         for view in (1, 0):
-            expected[row] = F.normalize(0.5 * expected[row] + 0.5 * f[view, i], dim=0)
+            expected[row] = F.normalize(0.3 * expected[row] + 0.7 * f[view, i], dim=0)
     close(bank.V, expected)
-
-
-def test_bank_refuses_what_does_not_belong_into_it():
-    bank, f = cld.Bank(normal(9, 4)), features(2, D=4)
-    before = bank.V.clone()
-    for index, word in (([1, 9], "index 9 in a bank of 9"), ([-1, 2], "index -1 in a bank of 9")):
-        with pytest.raises(IndexError, match=word):
-            bank.update(f, torch.tensor(index), 0.5)
-    f[1, 0, 0] = math.inf
-    with pytest.raises(ValueError, match="not finite"):
-        bank.update(f, torch.tensor([1, 2]), 0.5)
-    assert torch.equal(bank.V, before)
 
 
 def test_initial_rows():
@@ -367,21 +370,23 @@ def test_initial_rows():
     assert 0.999 * a < rows.max() <= a and -a <= rows.min() < -0.999 * a
     assert rows.norm(dim=1).mean() == pytest.approx(1, abs=0.01)
     assert rows.norm(dim=1).std() > 0.01  # norm about 1, not exactly
-    norms = {base: cld.memory(parse("--base", base, "--queue", "300"), 20, CPU)[1].keys.norm(dim=1)
-             for base in ("moco", "mocov2")}
+    queues = {base: cld.make_memory(parse("--base", base, "--queue", "300"), 20, CPU)[1]
+              for base in ("moco", "mocov2")}
+    norms = {base: queue.keys.norm(dim=1) for base, queue in queues.items()}
     assert norms["moco"].std() > 0.01
     close(norms["mocov2"], torch.ones(300), 1e-6)
 
 
 def test_sampled_rows():
     args = parse("--nce", "500", "--batch-size", "8")
-    batch = SimpleNamespace(step=3, first=4, rows=torch.tensor([9, 2]))
-    idx = cld.sampled(batch, 0, 12, args)
-    assert idx.shape == (2, 501) and torch.equal(idx[:, 0], batch.rows)
+    rows = torch.tensor([4, 0, 11, 3, 9, 2, 7, 1])
+    batch = SimpleNamespace(step=3, own=slice(4, 6), rows=rows)
+    idx = cld.sample_negatives(batch, 0, 12, args)
+    assert idx.shape == (2, 501) and torch.equal(idx[:, 0], rows[4:6])
     assert sorted(idx[0].unique().tolist()) == list(range(12))
-    whole = cld.sampled(SimpleNamespace(step=3, first=0, rows=torch.arange(8)), 0, 12, args)
-    assert torch.equal(idx[:, 1:], whole[4:6, 1:])  # the rows of this rank
-    assert not torch.equal(idx, cld.sampled(batch, 1, 12, args))
+    whole = cld.sample_negatives(SimpleNamespace(step=3, own=slice(0, 8), rows=rows), 0, 12, args)
+    assert torch.equal(idx, whole[4:6])  # the rows of this process
+    assert not torch.equal(idx, cld.sample_negatives(batch, 1, 12, args))
 
 
 # ------------------------------------------------------------------ networks
@@ -411,9 +416,9 @@ def test_heads_are_siblings(base, head):
     assert [n.split(".")[1] for n in last] == (
         ["weight"] if "norm" in head else ["weight", "bias"])
     alone = cld.CLD(parse("--base", base, "--head", head, "--dim", "7", "--lambda-cld", "0"))
-    out = alone(torch.rand(2, 3, 32, 32))
-    assert "f_G" not in out and out["f_I"].shape == (1, 2, 7)
-    out["p" if base == "byol" else "f_I"].sum().backward()  # DDP: no parameter is left out
+    f_I, f_G, p, _ = alone(torch.rand(2, 3, 32, 32))
+    assert f_G is None and f_I.shape == (1, 2, 7)
+    (p if base == "byol" else f_I).sum().backward()  # DDP: no parameter is left out
     assert all(p.grad is not None or n.startswith("jigsaw") for n, p in alone.named_parameters())
 
 
@@ -422,10 +427,10 @@ def test_views_have_their_own_batch_statistics():
     a, b = torch.rand(2, 6, 3, 32, 32).unbind(0)
     out = net(a, b + 3)
     for v, x in ((0, a), (1, b + 3)):
-        for name in ("f_I", "f_G"):
-            close(net(x)[name][0], out[name][v], 1e-5)
-            close(out[name][v].norm(dim=1), torch.ones(6), 1e-5)
-    assert (net(torch.cat([a, b + 3]))["f_I"][0, :6] - out["f_I"][0]).abs().max() > 1e-3
+        for alone, f in zip(net(x)[:2], out[:2], strict=True):  # f_I, f_G
+            close(alone[0], f[v], 1e-5)
+            close(f[v].norm(dim=1), torch.ones(6), 1e-5)
+    assert (net(torch.cat([a, b + 3]))[0][0, :6] - out[0][0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("head", ["linear", "normmlp"])
@@ -436,9 +441,10 @@ def test_grouping_and_loss_are_in_float32_under_autocast(head):
         h = net.backbone(torch.rand(4, 3, 32, 32))
         assert net.group(net.hidden(h)).dtype == torch.bfloat16
         out = net(*torch.rand(2, 4, 3, 32, 32))
-    assert {x.dtype for x in out.values()} == {torch.float32}
-    close(out["f_G"].norm(dim=2), torch.ones(2, 4), 1e-6)
-    assert cld.cld(out["f_G"], 3)[0].dtype == torch.float32
+    f_I, f_G, p, _ = out
+    assert {x.dtype for x in (f_I, f_G, p)} == {torch.float32}
+    close(f_G.norm(dim=2), torch.ones(2, 4), 1e-6)
+    assert cld.cld(f_G, 3)[0].dtype == torch.float32
 
 
 def test_cifar_stem_has_the_initial_weights_of_the_authors():
@@ -456,25 +462,24 @@ def test_jigsaw_patches():
     g = torch.Generator().manual_seed(0)
     x, at = torch.rand(3, 3, 15, 15, generator=g), torch.randint(3, (3, 9, 2), generator=g)
     found = cld.cut_patches(x, at, 3)
-    assert found.shape == (27, 3, 3, 3)
+    assert found.shape == (3, 9, 3, 3, 3)
     for i in range(3):
         for j in range(9):
             top, left = 5 * (j // 3) + at[i, j, 0], 5 * (j % 3) + at[i, j, 1]
-            assert torch.equal(found[9 * i + j], x[i, :, top:top + 3, left:left + 3])
+            assert torch.equal(found[i, j], x[i, :, top:top + 3, left:left + 3])
 
 
 def test_jigsaw_of_a_batch():
-    """Crop and flip only; positions and order are draws for the global batch."""
+    """Crop and flip only; positions and order are draws for the whole batch."""
     args = parse("--base", "infomin", "--batch-size", "16", "--image-size", "8", "--dataset",
                  "shapes", "--blur", "1", "--solarize", "1", "--erase", "1", "--gray", "1")
     data = common.Data(*blob_tables(args), args, CPU)
-    spec = cld.jigsaw_spec(args)
-    assert (spec["size"], spec["crop"], spec["flip"]) == (9, (0.6, 1.0), 0.5)
-    assert all(spec[k] == 0 for k in ("jitter_p", "gray", "blur", "solarize", "erase"))
-    batch = next(data.batches(5, 6, common.augmentation(args), 3, [(spec, 1)]))
-    found = cld.jigsaw(batch, args)
-    assert found["patches"].shape == (9 * 16, 3, 2, 2)
-    order = found["order"].view(16, 9) - 9 * torch.arange(16)[:, None]
+    aug = cld.jigsaw_augmentation(args)
+    assert (aug["size"], aug["crop"], aug["flip"]) == (9, (0.6, 1.0), 0.5)
+    assert all(aug[k] == 0 for k in ("jitter_p", "gray", "blur", "solarize", "erase"))
+    batch = next(data.batches(5, 6, common.augmentation(args), 3, [(aug, 1)]))
+    patches, order = cld.jigsaw(batch, args)
+    assert patches.shape == (16, 9, 3, 2, 2)
     assert torch.equal(order.sort(1).values, torch.arange(9).expand(16, 9))
     assert len(order.unique(dim=0)) > 12
 
@@ -497,15 +502,15 @@ def test_shapes_views(rendered):
 
 
 def test_randaugment_is_a_function_of_the_seed():
-    spec = dict(randaugment=[2, 10], mean=(0.5, 0.5, 0.5))
+    aug = dict(randaugment=[2, 10], mean=(0.5, 0.5, 0.5))
     x = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    views = [np.asarray(common.randaugment(x, seed, spec)) for seed in (3, 3, 4, 5, 6)]
+    views = [np.asarray(common.randaugment(x, seed, aug)) for seed in (3, 3, 4, 5, 6)]
     assert torch.equal(torch.random.get_rng_state(), before)  # the worker draws nothing else
     assert (views[0] == views[1]).all()
     assert sum((v == views[0]).all() for v in views[2:]) < 2
-    same = common.randaugment(x, 3, spec | dict(randaugment=[0, 10]))
+    same = common.randaugment(x, 3, aug | dict(randaugment=[0, 10]))
     assert (np.asarray(same) == np.asarray(x)).all()
 
 
@@ -521,8 +526,9 @@ def test_randaugment_in_the_workers(tmp_path):
         args = parse("--base", "infomin", "--dataset", "folder", "--data-dir", str(tmp_path),
                      "--batch-size", "4", "--image-size", "8", "--randaugment", "2", "10", *more)
         data = common.load(args, CPU)
-        batches = data.batches(1, 3, common.augmentation(args), 2, [(cld.jigsaw_spec(args), 1)])
-        found[name] = [(b.images, b.more[0].images) for b in batches]
+        batches = data.batches(1, 3, common.augmentation(args), 2,
+                               [(cld.jigsaw_augmentation(args), 1)])
+        found[name] = [(b.images, b.extra[0].images) for b in batches]
     for (views, jigsaw), (again, _), (plain, same) in zip(*found.values(), strict=True):
         assert torch.equal(views, again) and torch.equal(jigsaw, same)
         changed = (views != plain).flatten(1).any(1)
@@ -545,7 +551,7 @@ PAIR = [*FLAGS, "--base", "moco", "--queue", "35"]
 VARIANTS = {
     "npid": [],
     "pure": ["--lambda-cld", "0", "--channels-last", "--knn-feature", "backbone"],
-    "nce": ["--nce", "9", "--schedule", "steps", "--milestones", "1", "--group-scope", "rank"],
+    "nce": ["--nce", "9", "--schedule", "steps", "--milestones", "1", "--group-rows", "8"],
     "ncuts": ["--grouping", "ncuts", "--k-eigen", "4", "--head", "normlinear", "--optimizer",
               "lars"],
     "moco": ["--base", "moco", "--queue", "35", "--amp", "bf16"],
@@ -554,6 +560,7 @@ VARIANTS = {
     "infomin": ["--base", "infomin", "--queue", "35", "--head", "normmlp", "--schedule", "infomin",
                 "--warmup", "1"],
     "byol": ["--base", "byol", "--key-momentum", "0.9", "--head", "mlp"],
+    "micro-batch": ["--base", "infomin", "--queue", "35", "--micro-batch", "6"],
 }
 
 
@@ -598,24 +605,23 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
     """What train() puts together: views, targets, losses, and what changes after the step."""
     argv = [*FLAGS, *VARIANTS[name], "--limit-train", "16", "--epochs", "1", "--amp", "none",
             "--key-momentum", "0.9", "--tau", "0.3", "--lambda-cld", "0.7", "--warmup", "0",
-            "--lr", "0.5", *(["--beta", "0.2"] if name == "infomin" else [])]
+            "--lr", "0.5", "--group-rows", "0", *(["--beta", "0.2"] if name == "infomin" else [])]
     state = run_main(cld.main, "run", argv)["state"]
     args = parse(*argv)
     torch.manual_seed(0)
     net = cld.CLD(args).train()
     first = {k: v.clone() for k, v in net.state_dict().items()}
-    data, spec = common.load(args, CPU), common.augmentation(args)
-    more = [(cld.jigsaw_spec(args), 1)] if name == "infomin" else []
-    batch = next(data.batches(0, 1, spec, 2 if name in ("npid", "nce", "byol") else 3, more))
+    data, aug = common.load(args, CPU), common.augmentation(args)
+    extra = [(cld.jigsaw_augmentation(args), 1)] if name == "infomin" else []
+    batch = next(data.batches(0, 1, aug, 2 if name in ("npid", "nce", "byol") else 3, extra))
     x, rows, t = common.augment(batch), batch.rows, args.tau
-    bank, queue = cld.memory(args, 16, CPU)
+    bank, queue = cld.make_memory(args, 16, CPU)
     key = cld.copy.deepcopy(net)
-    out = net(x[0], x[1], **(cld.jigsaw(batch, args) if more else {}))
-    f = out["f_I"]
+    f, (g1, g2), p, q_jig = net(x[0], x[1], *(cld.jigsaw(batch, args) if extra else ()))
     if name == "npid":
         instance = sum(F.cross_entropy(v @ bank.V.T / t, rows) for v in f) / 2
     elif name == "nce":
-        P = [(v[:, None] * bank.V[cld.sampled(batch, i, 16, args)]).sum(2).div(t).exp()
+        P = [(v[:, None] * bank.V[cld.sample_negatives(batch, i, 16, args)]).sum(2).div(t).exp()
              for i, v in enumerate(f)]
         Z, noise = 16 * P[0].mean().detach(), 9 / 16
         close(state["bank"]["Z"], Z, 1e-5)
@@ -623,11 +629,10 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
                          (noise * Z / (p[:, 1:] + noise * Z)).log().sum(1)).mean() for p in P) / 2
     elif name == "byol":
         z = [F.normalize(key.instance(key.backbone(v)), dim=1).detach() for v in x]
-        p = out["p"]
         instance = ((p[0] - z[1]) ** 2 + (p[1] - z[0]) ** 2).sum(1).mean() / 2
     else:
-        keys = key(x[2])["f_I"][0].detach()  # the third view
-        queries = [f[0], f[1]] if name == "moco" else [f[0], f[1], out["q_jig"]]
+        keys = key(x[2])[0][0].detach()  # the third view
+        queries = [f[0], f[1]] if name == "moco" else [f[0], f[1], q_jig]
         losses = [F.cross_entropy(torch.cat([(q * keys).sum(1)[:, None], q @ queue.keys.T], 1) / t,
                                   torch.zeros(16, dtype=torch.int64)) for q in queries]
         instance = (losses[0] + losses[1]) / 2
@@ -636,7 +641,6 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
         expected = torch.cat([keys, queue.keys[16:]])  # at the front, and the pointer behind them
         close(state["queue"]["keys"], expected, 1e-5)
         assert state["queue"]["ptr"] == 16
-    g1, g2 = out["f_G"]
     (ids1, M1), (ids2, M2) = cld.group(g1, 5, 5), cld.group(g2, 5, 5)
     group = (F.cross_entropy(g1 @ M2.T / 0.2, ids2) + F.cross_entropy(g2 @ M1.T / 0.2, ids1)) / 2
     accuracy = 100 * ((g1 @ M2.T).argmax(1) == ids2).double().mean()
@@ -707,24 +711,25 @@ def test_the_evaluation_takes_the_query_network(run_main, tmp_path):
     """linear_eval.py finds the backbone of the query, not of the key; recipe infomin of CLD."""
     made = run_main(cld.main, "run", [*PAIR, "--key-momentum", "0.5"])
     path = tmp_path / "run/checkpoint.pt"
-    backbone, about = linear_eval.load_backbone(path, linear_eval.read(str(path)))
+    backbone, about = linear_eval.load_backbone(path, linear_eval.read_checkpoint(str(path)))
     assert about["prefix"] == "backbone."
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, made["state"]["model"][f"backbone.{name}"])
     recipe = SimpleNamespace(**linear_eval.RECIPES["infomin"])
     assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.weight_decay) == (30, 256, 61, 0)
-    rates = [linear_eval.rate(7 * e, 7, recipe.lr, recipe) for e in range(61)]  # the first step
+    rates = [linear_eval.learning_rate(7 * e, 7, recipe.lr, recipe)  # of an epoch's first step
+             for e in range(61)]
     assert rates == pytest.approx([30] * 30 + [6] * 10 + [1.2] * 10 + [0.24] * 11)
 
 
 def test_knn_takes_the_feature_that_is_asked_for(run_main, monkeypatch):
     seen = []
-    monkeypatch.setattr(common, "knn_accuracy", lambda module, data, pick=None: seen.append(
-        (type(module).__name__, pick)) or 1.0)
+    monkeypatch.setattr(common, "knn_accuracy", lambda module, data, select=None: seen.append(
+        (type(module).__name__, select)) or 1.0)
     run_main(cld.main, "instance", FLAGS)
     run_main(cld.main, "backbone", [*FLAGS, "--knn-feature", "backbone"])
     assert [name for name, _ in seen] == ["CLD"] * 3 + ["TinyResNet"] * 3
-    assert torch.equal(seen[0][1](dict(f_I=torch.arange(3), f_G=None)), torch.tensor(0))
+    assert torch.equal(seen[0][1]((torch.arange(3), None, None, None)), torch.tensor(0))
 
 
 @pytest.mark.parametrize("recipe", cld.RECIPES)
@@ -769,6 +774,9 @@ def refused(refused_by):
     (["--base", "infomin", "--queue", "0"], ["--queue must be above 0"]),
     (["--grouping", "ncuts", "--k-eigen", "17"], ["--k-eigen 17: 16 rows are grouped"]),
     (["--k-eigen", "0"], ["--k-eigen must be above 0"]),
+    (["--group-rows", "5"], ["--group-rows 5 does not divide --batch-size 16"]),
+    (["--group-rows", "-4"], ["--group-rows must be at least 0, got -4"]),
+    (["--grouping", "ncuts", "--group-rows", "8"], ["--k-eigen 10: 8 rows are grouped"]),
     (["--base", "simclr"], ["--base", "'simclr'", "npid", "byol"]),
     (["--head", "mlp3"], ["--head", "'mlp3'", "normmlp"]),
     (["--grouping", "cuts"], ["--grouping", "'cuts'"]),
@@ -779,15 +787,14 @@ def test_flags(refused, argv, words):
     refused([*FLAGS, *argv], *words)
 
 
-def test_more_groups_than_rows_is_a_warning(run_main, capsys, monkeypatch):
-    run_main(cld.main, "run", [*FLAGS, "--k", "17", "--epochs", "1"])
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--k", "17"], "--k 17 for 16 rows"), (["--k", "5", "--group-rows", "4"], "--k 5 for 4 rows"),
+    (["--k", "16"], None)])
+def test_more_groups_than_rows_is_a_warning(run_main, capsys, argv, words):
+    run_main(cld.main, "run", [*FLAGS, *argv, "--epochs", "1"])
     out = capsys.readouterr().out
-    assert out.count("warning: --k 17 for 16 rows that are grouped together") == 1
-    monkeypatch.setattr(common, "world", lambda: 4)
-    args = parse(*FLAGS, "--group-scope", "rank")
-    for N, words in ((4, "--k 5 for 4 rows"), (5, "")):
-        cld.check_groups(args, N)
-        assert words in capsys.readouterr().out
+    assert out.count("warning: --k") == (words is not None)
+    assert words is None or f"warning: {words} that are grouped together" in out
 
 
 @pytest.mark.parametrize("argv", [FLAGS, [*FLAGS, "--grouping", "ncuts"], PAIR])
@@ -800,7 +807,7 @@ def test_loss_that_is_not_finite(refused, run_main, tmp_path, monkeypatch, argv)
         out = real(self, *views, **more)
         calls.append(len(views))
         if len(views) == 2 and calls.count(2) == 6:
-            out["f_G"] = out["f_G"] * math.nan
+            return [x if x is None or i != 1 else x * math.nan for i, x in enumerate(out)]
         return out
 
     monkeypatch.setattr(cld.CLD, "forward", forward)

@@ -279,9 +279,9 @@ def test_mixed_precision_and_layout_from_the_flags(monkeypatch):
             assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
         assert not common.scaler(args, cpu).is_enabled()
     assert common.scaler(flags("--amp", "fp16", monkeypatch=monkeypatch), cpu).is_enabled()
-    assert common.layout(SimpleNamespace(channels_last=False)) == torch.contiguous_format
+    assert common.memory_format(SimpleNamespace(channels_last=False)) == torch.contiguous_format
     args = flags("--channels-last", monkeypatch=monkeypatch)
-    assert common.layout(args) == torch.channels_last
+    assert common.memory_format(args) == torch.channels_last
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -297,7 +297,7 @@ def a_state(value):
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     args = flags("--out", str(tmp_path / "run"), "--clusters", "colour", monkeypatch=monkeypatch)
     path = tmp_path / "run" / "checkpoint.pt"
-    common.save(a_state(1.0), 5, args)
+    common.save_checkpoint(a_state(1.0), 5, args)
     before = path.read_bytes()
     real = torch.save
 
@@ -307,7 +307,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(common.RunFailed, match="^cannot write .*checkpoint.pt: No space left on d"):
-        common.save(a_state(2.0), 6, args)
+        common.save_checkpoint(a_state(2.0), 6, args)
     assert path.read_bytes() == before
 
     def killed(value, file):
@@ -318,15 +318,15 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        common.save(a_state(2.0), 6, args)
+        common.save_checkpoint(a_state(2.0), 6, args)
     assert path.read_bytes() == before
 
     monkeypatch.setattr(torch, "save", real)
-    common.save(a_state(2.0), 6, args)
-    found = common.read_checkpoint(path)
+    common.save_checkpoint(a_state(2.0), 6, args)
+    found = common.load_checkpoint(path)
     assert (found["format"], found["method"], found["step"]) == (1, "clinfonce", 6)
     assert found["state"]["model"]["weight"].item() == 2.0
-    assert found["args"] == common.plain(args) and found["args"]["clusters"] == "colour"
+    assert found["args"] == common.flags_dict(args) and found["args"]["clusters"] == "colour"
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
 
 
@@ -344,10 +344,10 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(tmp_path):
     trace, path = tmp_path / "was-run", tmp_path / "checkpoint.pt"
     torch.save(dict(format=1, state=Harmful(trace)), path)
     with pytest.raises(common.BadInput, match=f"^checkpoint {path} cannot be read"):
-        common.read_checkpoint(path)
+        common.load_checkpoint(path)
     path.write_bytes(pickle.dumps(Harmful(trace)))
     with pytest.raises(common.BadInput, match=f"^checkpoint {path} cannot be read"):
-        common.read_checkpoint(path)
+        common.load_checkpoint(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())
     assert trace.exists()  # it would have been
@@ -355,14 +355,14 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(tmp_path):
 
 def test_a_truncated_checkpoint_and_a_missing_one(tmp_path, monkeypatch):
     args = flags("--out", str(tmp_path), monkeypatch=monkeypatch)
-    common.save(a_state(1.0), 5, args)
+    common.save_checkpoint(a_state(1.0), 5, args)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(common.BadInput, match=f"^checkpoint {path} cannot be read .trunc") as error:
-        common.read_checkpoint(path)
+        common.load_checkpoint(path)
     assert "\n" not in str(error.value)
     with pytest.raises(common.BadInput, match=f"^checkpoint {tmp_path}/no.pt not found$"):
-        common.read_checkpoint(tmp_path / "no.pt")
+        common.load_checkpoint(tmp_path / "no.pt")
 
 
 # ------------------------------------------------------------------ log
@@ -385,7 +385,7 @@ def test_the_log_takes_means_every_few_steps_and_at_the_end_of_an_epoch(tmp_path
     log.write(step=10, knn_top1=4.0)
     header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert header["command"] == f"clinfonce.py --out {tmp_path} --epochs 2 --log-every 3"
-    assert header["args"] == common.plain(args) and header["args"]["log_every"] == 3
+    assert header["args"] == common.flags_dict(args) and header["args"]["log_every"] == 3
     assert header["data"] == dict(train=7, test=7, notes=["2 lost", "2 lost"])
     assert header["processes"] == 1 and header["threads"] == torch.get_num_threads()
     assert header["versions"]["torch"] == torch.__version__ and "cores" in header["device"]
@@ -444,8 +444,8 @@ def test_recipes_have_known_flags_and_parse(name, monkeypatch):
     args = parser.parse_args(["--recipe", name])
     assert {k: getattr(args, k) for k in recipe} == recipe and args.recipe == name
     clinfonce.check(args)
-    spec = common.augmentation(args)
-    assert len(common.draw(spec, 2, common.generator(0, 0, "view"))["crop"]) == 2
+    aug = common.augmentation(args)
+    assert len(common.sample_params(aug, 2, common.generator(0, 0, "view"))["crop"]) == 2
     # a flag wins over the recipe
     assert parser.parse_args(["--recipe", name, "--epochs", "7"]).epochs == 7
 

@@ -38,7 +38,7 @@ def column(table, name="label"):
 
 def numbers(data, table):
     """The numbers of all images of a table, through the evaluation view."""
-    views = data.still_batches(table, torch.arange(len(table)), 32, False)
+    views = data.eval_batches(table, torch.arange(len(table)), 32, False)
     return number(torch.cat(list(views))).tolist()
 
 
@@ -447,8 +447,8 @@ def test_balanced_rows():
 # ---------------------------------------------------------------------------------- batches
 
 
-SPEC = dict(PLAIN, crop=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2,
-            blur=0.5, solarize=0.2, erase=0.5)
+AUG = dict(PLAIN, crop=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2,
+           blur=0.5, solarize=0.2, erase=0.5)
 
 
 def same(a, b):
@@ -462,7 +462,7 @@ def test_order_is_a_function_of_seed_and_epoch(numbered):
     data = numbered("memory")
     assert data.steps_per_epoch == 3  # 26 // 8: the incomplete last batch is dropped
     assert [data.end_of_epoch(s) for s in range(6)] == [False, False, True] * 2
-    batches = list(data.batches(0, 9, SPEC))
+    batches = list(data.batches(0, 9, AUG))
     assert [b.step for b in batches] == list(range(9))
     epochs = [torch.cat([b.rows for b in batches[i:i + 3]]) for i in (0, 3, 6)]
     for epoch, rows in enumerate(epochs):
@@ -470,7 +470,7 @@ def test_order_is_a_function_of_seed_and_epoch(numbered):
         order = torch.randperm(26, generator=common.generator(0, epoch, "order"))
         assert torch.equal(rows, order[:24])
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
-    other = torch.cat([b.rows for b in numbered("memory", seed=1).batches(0, 3, SPEC)])
+    other = torch.cat([b.rows for b in numbered("memory", seed=1).batches(0, 3, AUG)])
     assert not torch.equal(other, epochs[0])
     # the two views of a batch, and one view in two steps, draw other numbers
     crop = [b.params["crop"].unflatten(0, (2, 8)) for b in batches]
@@ -479,36 +479,36 @@ def test_order_is_a_function_of_seed_and_epoch(numbered):
 
 @pytest.mark.parametrize(("kind", "workers"), KINDS)
 def test_a_later_first_step_gives_the_tail_of_the_whole_run(numbered, kind, workers):
-    whole = list(numbered(kind, workers).batches(0, 7, SPEC))
+    whole = list(numbered(kind, workers).batches(0, 7, AUG))
     for first in (2, 3, 5):
-        tail = list(numbered(kind, workers).batches(first, 7, SPEC))
+        tail = list(numbered(kind, workers).batches(first, 7, AUG))
         assert len(tail) == 7 - first
         assert all(same(a, b) for a, b in zip(tail, whole[first:], strict=True))
     assert not same(whole[0], whole[1])
 
 
-def test_the_spec_may_change_with_the_step(numbered):
-    weak, strong = dict(SPEC, crop=(0.9, 1.0)), dict(SPEC, crop=(0.1, 0.2))
+def test_the_augmentation_may_change_with_the_step(numbered):
+    weak, strong = dict(AUG, crop=(0.9, 1.0)), dict(AUG, crop=(0.1, 0.2))
     for kind in ("memory", "files"):
-        def spec(step):
+        def aug(step):
             return weak if step < 2 else strong
-        batches = list(numbered(kind).batches(0, 4, spec))
-        assert [b.spec["crop"] for b in batches] == [(0.9, 1.0)] * 2 + [(0.1, 0.2)] * 2
+        batches = list(numbered(kind).batches(0, 4, aug))
+        assert [b.aug["crop"] for b in batches] == [(0.9, 1.0)] * 2 + [(0.1, 0.2)] * 2
 
 
 @pytest.mark.parametrize(("kind", "workers"), KINDS)
 def test_further_views_are_of_the_same_images(numbered, kind, workers):
-    small, plain = dict(SPEC, size=16), dict(PLAIN, size=24)
+    small, plain = dict(AUG, size=16), dict(PLAIN, size=24)
     data = numbered(kind, workers)
-    for batch, two in zip(data.batches(1, 4, SPEC, 2, more=[(small, 3), (plain, 1)]),
-                          data.batches(1, 4, SPEC, 2), strict=True):
+    for batch, two in zip(data.batches(1, 4, AUG, 2, extra=[(small, 3), (plain, 1)]),
+                          data.batches(1, 4, AUG, 2), strict=True):
         assert same(batch, two)  # the first group draws what it draws alone
-        x, crops, whole = (common.augment(part) for part in (batch, *batch.more))
+        x, crops, whole = (common.augment(part) for part in (batch, *batch.extra))
         assert x.shape == (2, 8, 3, 32, 32) and crops.shape == (3, 8, 3, 16, 16)
         assert whole.shape == (1, 8, 3, 24, 24)
         assert number((whole[0] * 255).round().byte()).tolist() == batch.rows.tolist()
         draws = [*batch.params["crop"].unflatten(0, (2, 8)),
-                 *batch.more[0].params["crop"].unflatten(0, (3, 8))]
+                 *batch.extra[0].params["crop"].unflatten(0, (3, 8))]
         for i, a in enumerate(draws):  # no two views of a step have the same random numbers
             assert not any(torch.equal(a, b) for b in draws[:i])
 
@@ -516,16 +516,16 @@ def test_further_views_are_of_the_same_images(numbered, kind, workers):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_ranks_share_the_batch_of_one_process(numbered, kind, ranks, monkeypatch):
-    one = list(numbered(kind).batches(0, 4, SPEC))
+    one = list(numbered(kind).batches(0, 4, AUG))
     parts = []
     for rank in range(ranks):
         monkeypatch.setattr(common, "world", lambda: ranks)
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-        parts.append(list(numbered(kind).batches(0, 4, SPEC)))
+        parts.append(list(numbered(kind).batches(0, 4, AUG)))
     for step, whole in enumerate(one):
         mine = [part[step] for part in parts]
-        assert [m.first for m in mine] == [8 // ranks * r for r in range(ranks)]
-        assert torch.equal(torch.cat([m.rows for m in mine]), whole.rows)
+        assert all(torch.equal(m.rows, whole.rows) for m in mine)  # every process knows all rows
+        assert torch.equal(torch.cat([m.rows[m.own] for m in mine]), whole.rows)
         V = 2 if kind == "files" else 1
         for name, views in [("images", V)] + [(k, 2) for k in whole.params]:
             take = [m.images if name == "images" else m.params[name] for m in mine]
@@ -556,9 +556,9 @@ def test_worker_crops_equal_crops_in_memory(tmp_path, height, width, size):
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     tables = (common.Table(columns, {}, images),
               common.Table(columns, {}, paths=[str(tmp_path / f"{i}.png") for i in range(8)]))
-    spec = dict(PLAIN, size=size, crop=(0.08, 1.0), flip=0.5)
+    aug = dict(PLAIN, size=size, crop=(0.08, 1.0), flip=0.5)
     args = flags("--batch-size", 8)
-    memory, files = (common.augment(next(common.Data(t, t, args, CPU).batches(0, 1, spec)))
+    memory, files = (common.augment(next(common.Data(t, t, args, CPU).batches(0, 1, aug)))
                      for t in tables)
     assert memory.shape == files.shape == (2, 8, 3, size, size)
     difference = 255 * (memory - files).abs()
@@ -569,7 +569,7 @@ def test_worker_crops_equal_crops_in_memory(tmp_path, height, width, size):
 @pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize(("size", "resized"), [(32, 32), (48, 64), (64, 64), (224, 256)])
 def test_evaluation_view(tmp_path, kind, size, resized):
-    """The short side to the next power of two, then the central square; or squashed to it.
+    """The short side to the next power of two, then the central square; or all of it as a square.
     Compared with PIL's own resizing; the tensor form keeps fractions of a level."""
     picture = photograph(90, 130, 0)
     Image.fromarray(picture).save(tmp_path / "x.png")
@@ -580,8 +580,8 @@ def test_evaluation_view(tmp_path, kind, size, resized):
         table = common.Table(column, {}, paths=[str(tmp_path / "x.png")])
     data = common.Data(table, table, flags("--batch-size", 1), CPU)
 
-    def view(squash):
-        out = next(data.still_batches(table, torch.arange(1), size, squash))
+    def view(resize):
+        out = next(data.eval_batches(table, torch.arange(1), size, resize))
         assert out.shape == (1, 3, size, size) and out.dtype == torch.float32
         return out[0].permute(1, 2, 0)
 
@@ -592,9 +592,9 @@ def test_evaluation_view(tmp_path, kind, size, resized):
     expected = np.asarray(x.crop((left, top, left + size, top + size))).astype(np.float32)
     tolerance = 0 if kind == "files" else 1.01
     assert (view(False) - torch.from_numpy(expected)).abs().max() <= tolerance
-    squashed = original.resize((size, size), Image.Resampling.BILINEAR)
-    squashed = torch.from_numpy(np.asarray(squashed).astype(np.float32))
-    assert (view(True) - squashed).abs().max() <= tolerance
+    square = original.resize((size, size), Image.Resampling.BILINEAR)
+    square = torch.from_numpy(np.asarray(square).astype(np.float32))
+    assert (view(True) - square).abs().max() <= tolerance
     assert (view(True) - view(False)).abs().mean() > 5
 
 
@@ -602,8 +602,8 @@ def test_evaluation_view_leaves_an_image_of_that_size_alone():
     images = common.shapes(4, 0)[0]
     table = common.Table(dict(label=torch.zeros(4, dtype=torch.long)), {}, images)
     data = common.Data(table, table, flags(), CPU)
-    for squash in (False, True):
-        out = next(data.still_batches(table, torch.tensor([2, 0]), 32, squash))
+    for resize in (False, True):
+        out = next(data.eval_batches(table, torch.tensor([2, 0]), 32, resize))
         assert torch.equal(out, images[[2, 0]].float())
 
 

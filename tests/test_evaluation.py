@@ -173,7 +173,7 @@ def test_features_are_taken_in_evaluation_mode_and_normalised(monkeypatch):
     data = data_of(([0, 51, 255], [0, 1, 0]), ([0], [0]), "--mean", "0.2", "0.2", "0.2", "--std",
                    "0.5", "0.5", "0.5", monkeypatch=monkeypatch)
     module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.9)).train()
-    found = common.features(module, data, data.train, pick=lambda y: y[:, :2])
+    found = common.extract_features(module, data, data.train, select=lambda y: y[:, :2])
     expected = torch.tensor([-0.4, 0.0, 1.6])[:, None].expand(3, 2)  # (x - 0.2) / 0.5
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert module.training and not found.requires_grad

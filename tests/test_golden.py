@@ -218,36 +218,70 @@ def test_every_key_has_a_test(method):
 # The loss takes view-major features (V, B, D); the files hold (B, V, D).
 
 
-def supcon(case, z, **changes):
-    """cl_infonce on the inputs of a supcon case."""
-    arguments = dict(
+def supcon_rows(z, ids=None, mask=None, tau=0.1, base_tau=0.07, mode="all"):
+    """The authors' SupConLoss for each anchor: (V, B), or (1, B) with mode "one".
+
+    Weights w of the pairs (E2) from a mask (B, B), asymmetric or soft; equal ids, or equal images
+    without ids, are the mask of E1. Anchors without positive have loss 0.
+    """
+    V, B, _ = z.shape
+    if mask is None:
+        ids = torch.arange(B) if ids is None else ids
+        mask = ids[:, None] == ids
+    anchors = z if mode == "all" else z[:1]
+    itself = torch.eye(len(anchors) * B, V * B, dtype=torch.bool)
+    s = anchors.flatten(0, 1) @ z.flatten(0, 1).T / tau
+    log_p = s.masked_fill(itself, -math.inf).log_softmax(1).masked_fill(itself, 0)
+    w = mask.to(z.dtype).repeat(len(anchors), V).masked_fill(itself, 0)
+    count = w.sum(1)
+    rows = -(tau / base_tau) * (w * log_p).sum(1) / count.where(count > 0, 1)  # E2
+    return rows.unflatten(0, (len(anchors), B))
+
+
+def supcon_inputs(case):
+    """Keyword arguments of `supcon_rows` of a supcon case."""
+    return dict(
         ids=case["labels"] if "labels" in case else None,
-        mask=case["mask"].to(z.dtype) if "mask" in case else None,
+        mask=case["mask"].to(case["features"].dtype) if "mask" in case else None,
         tau=case.get("temperature"),
         base_tau=case.get("base_temperature"),
         mode=case.get("contrast_mode"),
     )
-    return clinfonce.cl_infonce(z, **arguments | changes)
+
+
+def is_e1(case):
+    """Whether a supcon case is the loss that trains: all views are anchors, ids or instances."""
+    return "mask" not in case and case.get("contrast_mode") == "all"
 
 
 @exercises("clinfonce", "supcon/*")
 def test_supcon(case):
-    """(E1), (E2). A NaN of the original marks an anchor that has no positive: we leave it out."""
+    """(E1) by our loss; (E2) and mode "one", which no training uses, by reference code.
+
+    A NaN of the original marks an anchor that has no positive: we leave it out.
+    """
+    inputs, expected = supcon_inputs(case), case["per_anchor"]
     features = leaf(case["features"])
-    z = features.transpose(0, 1)
-    per_anchor = supcon(case, z, reduction="none")
-    loss = supcon(case, z)
-    loss.backward()
+    z = features.transpose(0, 1).flatten(2)  # one case has two dimensions of features
+    has_positive = expected.isfinite()
 
     soft = "mask" in case and not ((case["mask"] == 0) | (case["mask"] == 1)).all()
     f64, grad_atol = 1e-9, 1e-12
     if soft:  # the original casts the mask to float32
         f64, grad_atol = 1e-6, 1e-6 * case["grad"].abs().max().item()
-    expected = case["per_anchor"]
-    has_positive = expected.isfinite()
+    per_anchor = supcon_rows(z, **inputs)
     assert per_anchor.shape == expected.shape
     assert (per_anchor[~has_positive] == 0).all()
     close(per_anchor[has_positive], expected[has_positive], f64, what="per_anchor")
+
+    if is_e1(case):
+        def loss_of(z):
+            return clinfonce.cl_infonce(z, inputs["ids"], inputs["tau"], inputs["base_tau"])
+    else:
+        def loss_of(z):
+            return supcon_rows(z, **inputs).sum() / max(1, has_positive.sum())
+    loss = loss_of(z)
+    loss.backward()
     if has_positive.all():
         close(loss, case["loss"], f64, 1e-6, what="loss")
         close(features.grad, case["grad"], f64, 1e-5, atol=grad_atol, what="grad")
@@ -257,98 +291,50 @@ def test_supcon(case):
         assert features.grad.isfinite().all()
         if features.dtype == torch.float64:
             assert torch.autograd.gradcheck(
-                lambda f: supcon(case, f.transpose(0, 1)), features, fast_mode=True
+                lambda f: loss_of(f.transpose(0, 1).flatten(2)), features, fast_mode=True
             )
 
 
 @pytest.mark.parametrize("case", cases("clinfonce", "supcon/*"), ids=lambda case: case.prefix)
 def test_supcon_properties(case):
     """What must hold between two calls on the same features, whatever the stored outputs are."""
-    z = case["features"].transpose(0, 1)
+    z = case["features"].transpose(0, 1).flatten(2)
     B = z.shape[1]
-    none = dict.fromkeys(["ids", "mask"])  # unsupervised
-    per_anchor = supcon(case, z, reduction="none")
+    T, T0 = case.get("temperature"), case.get("base_temperature")
+    loss = functools.partial(clinfonce.cl_infonce, tau=T, base_tau=T0)
     same = functools.partial(close, f64=1e-10, f32=1e-5, atol=1e-12)
+    ids = case["labels"] if "labels" in case else torch.arange(B) // 2
 
-    # Equivariant to the order of the batch.
     order = torch.arange(B).flip(0).roll(1)
-    moved = {}
-    if "labels" in case:
-        moved["ids"] = case["labels"][order]
-    if "mask" in case:
-        moved["mask"] = case["mask"][order][:, order].to(z.dtype)
-    permuted = supcon(case, z[:, order], reduction="none", **moved)
-    same(permuted, per_anchor[:, order], what="permutation")
-
-    # A rank's anchors against all keys: its columns of the whole.
-    first = B // 2
-    mine = {name: value[first:] for name, value in moved.items()}
-    keys = dict(keys=z[:, order], first=first, reduction="none")
-    if "ids" in moved:
-        keys["key_ids"] = moved["ids"]
-    same(supcon(case, z[:, order][:, first:], **keys, **mine), permuted[:, first:], what="slice")
-
-    # Each instance a cluster of its own: as without ids.
-    alone = supcon(case, z, **none | dict(ids=torch.arange(B)))
-    same(alone, supcon(case, z, **none), what="singletons")
-
+    same(loss(z[:, order], ids[order]), loss(z, ids), what="order of the batch")
+    same(loss(z, torch.arange(B)), loss(z), what="each image a cluster of its own")
+    renamed = 1000 - 7 * ids.unique(return_inverse=True)[1]
+    same(loss(z, renamed), loss(z, ids), what="names of the clusters")
     # One cluster: every other column is a positive, whatever the id is called.
-    together = supcon(case, z, **none | dict(ids=torch.full((B,), -1)))
-    everyone = torch.ones(B, B, dtype=z.dtype)
-    same(together, supcon(case, z, **none | dict(mask=everyone)), what="one cluster")
-
-    if "labels" in case:
-        ids = case["labels"]
-        renamed = 1000 - 7 * ids.unique(return_inverse=True)[1]
-        same(supcon(case, z, ids=renamed, reduction="none"), per_anchor, what="relabelling")
-        mask = (ids[:, None] == ids).to(z.dtype)
-        by_mask = supcon(case, z, ids=None, mask=mask, reduction="none")
-        same(by_mask, per_anchor, what="labels as mask")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(z=torch.ones(2, 4)),
-        dict(ids=torch.arange(3)),
-        dict(ids=torch.arange(4), mask=torch.eye(4)),
-        dict(mode="two"),
-        dict(tau=0.0),
-        dict(tau=-0.1),
-    ],
-    ids=["dims", "length", "ids-and-mask", "mode", "tau-zero", "tau-negative"],
-)
-def test_supcon_bad_input(change):
-    with pytest.raises(ValueError):
-        clinfonce.cl_infonce(**dict(z=torch.ones(2, 4, 3)) | change)
+    everyone = supcon_rows(z, mask=torch.ones(B, B), tau=T, base_tau=T0)
+    same(loss(z, torch.full((B,), -1)), everyone.mean(), what="one cluster")
 
 
 @exercises("clinfonce", "supcon_[0-9]*rank/*")
 def test_supcon_ranks(case):
-    """Each rank's anchors against the keys of all, as `gather` with gradient gives them."""
+    """Ranks whose keys carry gradient through the gather: the loss of one process."""
     ranks = [f"rank{r}" for r in case.numbered("rank{}")]
     W = len(ranks)
     assert W > 1
     features = [leaf(case[f"{rank}/features"]) for rank in ranks]
-    labels = [case[f"{rank}/labels"] if f"{rank}/labels" in case else None for rank in ranks]
-    keys = torch.cat(features).transpose(0, 1)
-    key_ids = None if labels[0] is None else torch.cat(labels)
-    T, T0 = case.get("temperature"), case.get("base_temperature")
-
-    losses, first = [], 0
-    for rank, f, ids in zip(ranks, features, labels, strict=True):
-        given = dict(ids=ids, keys=keys, key_ids=key_ids, first=first, tau=T, base_tau=T0)
-        z = f.transpose(0, 1)
-        per_anchor = clinfonce.cl_infonce(z, **given, reduction="none")
-        losses.append(clinfonce.cl_infonce(z, **given))
+    labels = [case[f"{rank}/labels"] for rank in ranks if f"{rank}/labels" in case]
+    ids = torch.cat(labels) if labels else None
+    z, sizes = torch.cat(features).transpose(0, 1), [len(f) for f in features]
+    taus = dict(tau=case.get("temperature"), base_tau=case.get("base_temperature"))
+    for rank, per_anchor in zip(ranks, supcon_rows(z, ids, **taus).split(sizes, 1), strict=True):
         close(per_anchor, case[f"{rank}/per_anchor"], what=f"{rank} per_anchor")
-        close(losses[-1], case[f"{rank}/local_loss"], f32=1e-6, what=f"{rank} local_loss")
-        first += len(f)
-    close(sum(losses) / W, case["global_loss"], f32=1e-6, what="global_loss")
+        close(per_anchor.mean(), case[f"{rank}/local_loss"], f32=1e-6, what=f"{rank} local_loss")
 
-    sum(losses).backward()  # the backward of `gather` sums over ranks
+    loss = clinfonce.cl_infonce(z, ids, **taus)
+    close(loss, case["global_loss"], f32=1e-6, what="global_loss")
+    loss.backward()
     for rank, f in zip(ranks, features, strict=True):
-        close(f.grad, W * case[f"{rank}/grad_of_global_loss"], what=f"{rank} grad")
+        close(f.grad, case[f"{rank}/grad_of_global_loss"], what=f"{rank} grad")
 
 
 @exercises("clinfonce", "step/*")
@@ -566,22 +552,6 @@ def test_wordnet(case):
         assert [groups[name] for name in leaves] == case[f"level{level}_group"], level
 
 
-def dual_loss(r, h1, h2, ids, tau):
-    """(E5), (E6) of rank r from all ranks' RAW head outputs h1, h2 (2, b, D) and ids, or None.
-
-    Other ranks' features, and all keys of the cluster head, are constants in the original.
-    Returns (instance loss, cluster loss or None).
-    """
-    p, q = ([F.normalize(h, dim=-1) for h in hs] for hs in (h1, h2))
-    b = p[r].shape[1]
-    keys = torch.cat([x if i == r else x.detach() for i, x in enumerate(p)], dim=1)
-    instance = clinfonce.cl_infonce(p[r], keys=keys, first=r * b, tau=tau, base_tau=tau)
-    if ids is None:
-        return instance, None
-    keys = torch.cat(q, dim=1).detach()
-    return instance, clinfonce.cluster_head_loss(q[r], keys, ids[r], torch.cat(ids), tau)
-
-
 def dual_logits(p, r, tau):
     """Reference of network/clinfo.py: columns [p1; p2; O1; O2] without a row's own, and targets."""
     b = p[r].shape[1]
@@ -593,36 +563,75 @@ def dual_logits(p, r, tau):
     return logits[~itself].view(2 * b, -1), torch.cat([b - 1 + i, i])
 
 
+def dual_loss(r, h1, h2, ids, tau):
+    """(E5), (E6) of rank r from all ranks' RAW head outputs h1, h2 (2, b, D) and ids, or None.
+
+    Other ranks' features, and all keys of the cluster head, are constants in the original.
+    Returns (instance loss, cluster loss or None).
+    """
+    p, q = ([F.normalize(h, dim=-1) for h in hs] for hs in (h1, h2))
+    p = [x if i == r else x.detach() for i, x in enumerate(p)]
+    instance = F.cross_entropy(*dual_logits(p, r, tau))
+    if ids is None:
+        return instance, None
+    G, M = torch.cat(q, dim=1).detach(), (ids[r][:, None] == torch.cat(ids)).to(h2[r].dtype)
+    log_p = [(q[r][m] @ G[1 - m].T / tau).log_softmax(1) for m in (0, 1)]
+    return instance, -sum((M * x).sum(1) / M.sum(1) for x in log_p).mean() / 2
+
+
 @exercises("clinfonce", "dual_[0-9]*rank/*")
 def test_dual(case):
     """Losses of each rank and their gradients at its own raw head outputs."""
     ranks = [f"rank{r}" for r in case.numbered("rank{}")]
-    tau = case.get("temperature", 0.1)
+    tau, W = case.get("temperature", 0.1), len(ranks)
     outputs = ["view1_head1", "view2_head1", "view1_head2", "view2_head2"]
-    for r, rank in enumerate(ranks):
+    warmup = "rank0/cluster_labels" not in case
+    ids = None if warmup else [case[f"{s}/cluster_labels"] for s in ranks]
+
+    def heads():
         raw = [{name: leaf(case[f"{s}/{name}"]) for name in outputs} for s in ranks]
-        h1 = [torch.stack([x["view1_head1"], x["view2_head1"]]) for x in raw]
-        h2 = [torch.stack([x["view1_head2"], x["view2_head2"]]) for x in raw]
+        return raw, *([torch.stack([x[f"view1_{head}"], x[f"view2_{head}"]]) for x in raw]
+                      for head in ("head1", "head2"))
+
+    for r, rank in enumerate(ranks):
+        raw, h1, h2 = heads()
         logits, targets = dual_logits([F.normalize(h, dim=-1) for h in h1], r, tau)
         close(logits, case[f"{rank}/logits"], what="logits")
         assert torch.equal(targets, case[f"{rank}/targets"])
-
-        warmup = f"{rank}/cluster_labels" not in case
-        ids = None if warmup else [case[f"{s}/cluster_labels"] for s in ranks]
+        assert warmup == (f"{rank}/cluster_labels" not in case)
         instance, cluster = dual_loss(r, h1, h2, ids, tau)
         close(instance, case[f"{rank}/infonce_loss"], f32=1e-6, what="infonce_loss")
-        close(F.cross_entropy(logits, targets), case[f"{rank}/infonce_loss"], f32=1e-6)
         total = instance
         if not warmup:
             close(cluster, case[f"{rank}/cluster_loss"], f32=1e-6, what="cluster_loss")
             total = instance + cluster
         close(total, case[f"{rank}/total_loss"], f32=1e-6, what="total_loss")
-
         total.backward()
         for name in outputs:
             close(grad(raw[r][name]), case[f"{rank}/grad_{name}"], what=f"{rank} grad_{name}")
             assert (raw[r][name].grad is None) == (warmup and name.endswith("head2"))
-            assert not any(grad(x[name]).any() for x in raw if x is not raw[r])  # constants
+
+    # Ours, of the whole batch: the mean of the ranks' losses. The cluster head has the mean of
+    # their gradients too; of the instance head they are equal on one rank only, as all our keys
+    # have a gradient.
+    raw, h1, h2 = heads()
+    p, q = (F.normalize(torch.cat(h, 1), dim=-1) for h in (h1, h2))
+    loss = clinfonce.cl_infonce(p, tau=tau, base_tau=tau)
+    means = {name: sum(case[f"{rank}/{name}"] for rank in ranks) / W for name in (
+        ("infonce_loss",) if warmup else ("infonce_loss", "cluster_loss"))}
+    close(loss, means["infonce_loss"], f32=1e-6, what="infonce_loss")
+    if not warmup:
+        cluster = clinfonce.cluster_head_loss(q, torch.cat(ids), tau)
+        close(cluster, means["cluster_loss"], f32=1e-6, what="cluster_loss")
+        loss = loss + cluster
+    loss.backward()
+    for x, rank in zip(raw, ranks, strict=True):
+        for name in outputs:
+            theirs = case[f"{rank}/grad_{name}"] / W
+            if name.endswith("head2") or W == 1:
+                close(grad(x[name]), theirs, what=f"whole batch, grad_{name}")
+            else:
+                assert (grad(x[name]) - theirs).abs().max() > 1e-3 * theirs.abs().max()
 
 
 @exercises("clinfonce", "dual_step_[0-9]*rank")
@@ -716,9 +725,9 @@ def test_lars(case):
 
 # ===================================================================================== WCL
 #
-# The files hold un-normalised outputs of the heads, one array a view and rank; the functions take
-# unit vectors (2, b, D). Where the authors' keys of other ranks are constants, they are passed as
-# such to the same functions.
+# The files hold un-normalised outputs of the heads, one array a view and rank; our functions take
+# unit vectors (2, B, D) of the whole batch. What a rank of the authors computes, with keys of other
+# ranks that are constants, is reference code here.
 
 
 @exercises("wcl", "graph/*")
@@ -739,10 +748,10 @@ def test_weak_labels(case):
         assert labels.dtype == torch.int64 and torch.equal(labels, expected)
     size = torch.bincount(expected)
     assert size.min() >= 2
-    n = wcl.neighbours(V, V)[:, 0]
+    n = wcl.neighbours(V)[:, 0]
     assert torch.equal(expected[n], expected) and torch.equal(wcl.components(n), expected)
     for block in (1, B, 3 * B):  # one row at a time, or some
-        assert torch.equal(wcl.neighbours(V, V, block=block)[:, 0], n)
+        assert torch.equal(wcl.neighbours(V, block=block)[:, 0], n)
     theirs = case["nn"]  # theirs are among the nearest, and give their labels
     assert (S.gather(1, theirs[:, None])[:, 0] >= S.max(1).values - 1e-12).all() or tied
     assert torch.equal(wcl.components(theirs), case["labels"])
@@ -751,15 +760,23 @@ def test_weak_labels(case):
     assert torch.equal(mask, case["mask"].bool())
 
 
+def sup_con_rows(logits, positive, left_out=None):
+    """(E4) of rows of logits (n, m) with any mask: (n,), 0 without positive. wcl.sup_con is the
+    mean of these rows for the logits and the mask of one view."""
+    if left_out is not None:
+        logits, positive = logits.masked_fill(left_out, -math.inf), positive & ~left_out
+    return -logits.log_softmax(1).masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+
+
 @exercises("wcl", "sup/*")
 def test_sup_con(case):
     """(E4) on logits. NaN of the original: a row without positive, or an overflow of float32."""
     x, positive = leaf(case["logits"]), case["mask"].bool()
     itself = case["diag"].bool() if "diag" in case else None
-    rows = wcl.sup_con(x, positive, itself, reduction="none")
-    loss = wcl.sup_con(x, positive, itself)
-    loss.backward()
     has = (positive if itself is None else positive & ~itself).any(1)
+    rows = sup_con_rows(x, positive, itself)
+    loss = rows.sum() / has.sum().clamp(min=1)
+    loss.backward()
     stable, expected = case["rows_stable"], case["rows"]
     finite = expected.isfinite()
     tolerance = dict(f64=1e-9, atol=5e-6 if x.dtype == torch.float32 else 1e-12)
@@ -792,13 +809,22 @@ def wcl_ranks(case, W):
 
 
 def wcl_losses(r, z, v, y, tau, through_keys=False):
-    """info_nce and L_swap of rank r, keys of other ranks constant; all with `through_keys`."""
+    """(E1) and (E5) of rank r, keys of other ranks constant; all with `through_keys`.
+
+    Returns: nce, swap; logits (2b, 2B), -inf at the anchor itself; target (2b,); the rows of (E4)
+    of both views.
+    """
     z, v = ([F.normalize(x, dim=-1) for x in xs] for xs in (z, v))
-    first = sum(x.shape[1] for x in z[:r])
+    b, B = z[r].shape[1], sum(x.shape[1] for x in z)
+    i = sum(x.shape[1] for x in z[:r]) + torch.arange(b)
     Z = torch.cat([x if i == r or through_keys else x.detach() for i, x in enumerate(z)], 1)
-    V = torch.cat(v, 1)
-    nce, logits, target = wcl.info_nce(z[r], Z, first, tau)
-    return nce, wcl.swapped(v[r], V if through_keys else V.detach(), y, first, tau), logits, target
+    V = torch.cat(v, 1) if through_keys else torch.cat(v, 1).detach()
+    logits = z[r].flatten(0, 1) @ Z.flatten(0, 1).T / tau
+    logits = logits.scatter(1, torch.cat([i, B + i])[:, None], -math.inf)
+    target, itself = torch.cat([B + i, i]), i[:, None] == torch.arange(B)
+    rows = [sup_con_rows(v[r][m] @ V[m].T / tau, y[1 - m][i, None] == y[1 - m], itself)
+            for m in (0, 1)]
+    return F.cross_entropy(logits, target), sum(rows).mean() / 2, logits, target, rows
 
 
 def their_columns(r, sizes):
@@ -823,12 +849,8 @@ def test_wcl_forward(case):
     assert torch.equal(y[0], case["labels1"]) and torch.equal(y[1], case["labels2"])
     exact = functools.partial(close, atol=1e-12)
     for r in range(W):
-        nce, swap, logits, target = wcl_losses(r, z, v, y, tau)
+        nce, swap, logits, target, of_views = wcl_losses(r, z, v, y, tau)
         loss = nce + swap
-        Z, V = (torch.cat([F.normalize(x, dim=-1) for x in xs], 1).detach() for xs in (z, v))
-        i = slice(sum(sizes[:r]), sum(sizes[:r + 1]))
-        total = wcl.wcl_loss(Z[:, i], V[:, i], Z, V, y, i.start, tau)
-        exact(total["loss"], case[f"loss_r{r}"], what="wcl_loss")
         columns = their_columns(r, sizes)
         exact(logits.gather(1, columns), case[f"logits_r{r}"], what="logits")
         place = columns.gather(1, case[f"target_r{r}"][:, None])[:, 0]
@@ -838,11 +860,7 @@ def test_wcl_forward(case):
         exact(loss, case[f"loss_r{r}"], what="loss")
         rows = F.cross_entropy(logits, target, reduction="none")
         exact(rows, case[f"nce_per_sample_r{r}"], what="nce_per_sample")
-        for m in (0, 1):
-            V = torch.cat([F.normalize(x[m], dim=-1) for x in v])
-            i = torch.arange(sum(sizes[:r]), sum(sizes[:r + 1]))
-            itself = i[:, None] == torch.arange(len(V))
-            rows = wcl.sup_con(V[i] @ V.T / tau, y[1 - m][i, None] == y[1 - m], itself, "none")
+        for m, rows in enumerate(of_views):
             exact(rows, case[f"graph{m + 1}_per_sample_r{r}"], what="graph_per_sample")
         only, = torch.autograd.grad(nce, z[r], retain_graph=True)
         loss.backward()
@@ -864,16 +882,22 @@ def test_wcl_forward(case):
         for m in (0, 1):
             exact(z[r].grad[m], case[f"fullg_z{m + 1}_r{r}"], what="fullg_z")
             exact(v[r].grad[m], case[f"fullg_v{m + 1}_r{r}"], what="fullg_v")
-    # what train does, on any number of ranks: the gradient of one process over the global batch
-    Z, V = leaf(torch.cat([x.detach() for x in z], 1)), torch.cat([x.detach() for x in v], 1)
-    one = F.normalize(Z, dim=-1)
-    (W * wcl.info_nce(one, one, 0, tau)[0]).backward()
-    exact(Z.grad, torch.cat(own, 1), what="one process")
-    v[0].grad = None
-    swap = wcl_losses(0, z, v, y, tau)[1]
+    # ours, of the whole batch, which every process computes: the mean over all rows. Its gradient
+    # is that through every key for (E1), and that of the ranks' own losses for (E5).
+    share = [b / sum(sizes) for b in sizes]
+    Z, V = (leaf(torch.cat([x.detach() for x in xs], 1)) for xs in (z, v))
+    nce = wcl.info_nce(F.normalize(Z, dim=-1), tau)
+    exact(nce, sum(p * case[f"nce_r{r}"] for r, p in enumerate(share)), what="nce, one process")
+    swap = wcl.swapped(F.normalize(V, dim=-1), y, tau)
+    exact(swap, sum(p * case[f"graph_r{r}"] for r, p in enumerate(share)), what="swap, one process")
+    (nce + swap).backward()
+    if len(set(sizes)) == 1:
+        exact(W * Z.grad, torch.cat(own, 1), what="nce, one process")
+    theirs = [p * torch.stack([case[f"g_v1_r{r}"], case[f"g_v2_r{r}"]])
+              for r, p in enumerate(share)]
+    exact(V.grad, torch.cat(theirs, 1), what="swap, one process")
     if W == 1 and V.shape[1] > 3:  # a swapped loss with gradient through its keys is another one
-        swap.backward()
-        assert not torch.allclose(v[0].grad[0], case["fullg_v1_r0"])
+        assert not torch.allclose(V.grad[0], case["fullg_v1_r0"])
 
 
 @exercises("wcl", "head")
@@ -957,7 +981,7 @@ def test_wcl_linear_probe_rate(case):
     recipe = linear_eval.RECIPES["wcl"]
     args = SimpleNamespace(epochs=epochs, schedule=recipe["schedule"])
     start = recipe["lr_256"] * recipe["batch_size"] / 256
-    ours = [linear_eval.rate(t, per_epoch, start, args) for t in range(epochs * per_epoch)]
+    ours = [linear_eval.learning_rate(t, per_epoch, start, args) for t in range(epochs * per_epoch)]
     close(ours, case["lr"], atol=1e-9)
 
 
@@ -1012,7 +1036,7 @@ def test_wcl_training(case):
         for step in range(1, int(steps) + 1):
             lr = common.set_lr(optimizer, wcl.learning_rate(step - 1, int(per_epoch), args))
             assert lr == pytest.approx(case["lr"][step - 1].item(), abs=1e-12)
-            out = [model([case[f"x{m}_step{step}_r{r}"] for m in (1, 2)]) for r in range(W)]
+            out = [model(*(case[f"x{m}_step{step}_r{r}"] for m in (1, 2))) for r in range(W)]
             z, v = zip(*out, strict=True)
             y = torch.stack([wcl.weak_labels(torch.cat([x[m] for x in v])) for m in (0, 1)])
             losses = [wcl_losses(r, z, v, y, tau)[:2] for r in range(W)]
@@ -1038,28 +1062,30 @@ def test_wcl_multi_crop(case):
     W, _, C, K = (case["args"].tolist()[i] for i in (0, 1, 3, 4))
     tau = case.get("t")
     z, v = wcl_ranks(case, W)
+    sizes = [x.shape[1] for x in z]
+    share = [b / sum(sizes) for b in sizes]
     Z, V = (torch.cat([F.normalize(x.detach(), dim=-1) for x in xs], 1) for xs in (z, v))
     y = torch.stack([wcl.weak_labels(V[m]) for m in (0, 1)])
     assert torch.equal(y[0], case["labels1"]) and torch.equal(y[1], case["labels2"])
-    first = 0
-    for r in range(W):
-        b, own = z[r].shape[1], slice(first, first + z[r].shape[1])
-        for kind, name in (("neighbours", "knn"), ("components", "comp")):
-            args = SimpleNamespace(crop_positives=kind, crop_k=K)
-            P = wcl.crop_positives(V[:, own], V, y, first, args)
-            if kind == "neighbours":
-                for m in (0, 1):
-                    assert torch.equal(P[m], case[f"knn_pos{m + 1}"][own].bool())
-            zc, vc = leaf(case[f"zc_r{r}"]), leaf(case[f"vc_r{r}"])
-            assert zc.shape[:2] == (C, b)
-            c_nce, c_k = wcl.multi_crop(F.normalize(zc, dim=-1), F.normalize(vc, dim=-1), Z, V, P,
-                                        first, tau)
-            close(c_nce, case[f"c_nce_r{r}"], atol=1e-12, what="c_nce")
-            close(c_k, case[f"c_{name}_r{r}"], atol=1e-12, what=f"c_{name}")
-            (c_nce + c_k).backward()
-            close(zc.grad, case[f"g_zc_r{r}"], atol=1e-12, what="g_zc")
-            close(vc.grad, case[f"g_vc_{name}_r{r}"], atol=1e-12, what=f"g_vc_{name}")
-        first += b
+    crops = [torch.cat([case[f"{name}_r{r}"] for r in range(W)], 1) for name in ("zc", "vc")]
+    assert len(crops[0]) == C
+
+    def mean(name):
+        return sum(p * case[f"{name}_r{r}"] for r, p in enumerate(share))
+
+    for kind, name in (("neighbours", "knn"), ("components", "comp")):
+        P = wcl.crop_positives(V, y, SimpleNamespace(crop_positives=kind, crop_k=K))
+        if kind == "neighbours":
+            for m in (0, 1):
+                assert torch.equal(P[m], case[f"knn_pos{m + 1}"].bool())
+        zc, vc = map(leaf, crops)
+        c_nce, c_k = wcl.multi_crop(F.normalize(zc, dim=-1), F.normalize(vc, dim=-1), Z, V, P, tau)
+        close(c_nce, mean("c_nce"), atol=1e-12, what="c_nce")
+        close(c_k, mean(f"c_{name}"), atol=1e-12, what=f"c_{name}")
+        (c_nce + c_k).backward()
+        for r, (g_zc, g_vc) in enumerate(zip(zc.grad.split(sizes, 1), vc.grad.split(sizes, 1))):
+            close(g_zc, share[r] * case[f"g_zc_r{r}"], atol=1e-12, what="g_zc")
+            close(g_vc, share[r] * case[f"g_vc_{name}_r{r}"], atol=1e-12, what=f"g_vc_{name}")
 
 
 @exercises("wcl", "meta")
@@ -1108,20 +1134,20 @@ def test_cross_level_loss(case):
     for number, (ids, M) in enumerate(groups, 1):
         assert torch.equal(ids, case[f"labels{number}"])
         exact(M, case[f"centroids{number}"], what=f"centroids{number}")
-    l, hit = cld.cld(f, k, iters, t, k_eigen=k_eigen)
-    exact(l[0], case["per_sample_12"], what="per_sample_12")
-    exact(l[1], case["per_sample_21"], what="per_sample_21")
-    exact(l[0].mean(), case["loss_12"])
-    exact(l[1].mean(), case["loss_21"])
-    exact(l.mean(), case["loss"])
+    for x, (ids, M), name in zip(f, reversed(groups), ("12", "21"), strict=True):
+        l = F.cross_entropy(x @ M.T / t, ids, reduction="none")
+        exact(l, case[f"per_sample_{name}"], what=f"per_sample_{name}")
+        exact(l.mean(), case[f"loss_{name}"])
+    loss, accuracy = cld.cld(f, k, iters, t, k_eigen)
+    exact(loss, case["loss"])
     assert case.get("lambda") >= 0
-    assert 100 * hit[0].double().mean().item() == pytest.approx(case.get("group_acc"))
-    l.mean().backward()
+    assert 100 * accuracy.item() == pytest.approx(case.get("group_acc"))
+    loss.backward()
     exact(f1.grad, case["grad_f1"], what="grad_f1")
     exact(f2.grad, case["grad_f2"], what="grad_f2")
 
-    single = cld.cld(f.detach().float(), k, iters, t, k_eigen=k_eigen)[0]
-    close(single.mean().double(), case["loss"], f64=1e-5, what="float32")
+    single = cld.cld(f.detach().float(), k, iters, t, k_eigen)[0]
+    close(single.double(), case["loss"], f64=1e-5, what="float32")
 
     half1, half2 = leaf(case["f1"]), leaf(case["f2"])
     (ids1, M1), (ids2, M2) = groups
@@ -1177,10 +1203,11 @@ def test_npid(case):
         exact(step["x"] @ bank.V.T / t, step["logits"], what="logits")
         for block in blocks(bank.V, len(y)):
             x = leaf(step["x"])
-            l = cld.npid(x, bank.V, y, t, block)
-            exact(l, step["per_sample"], what="per_sample")
-            exact(l.mean(), step["loss"], what="loss")
-            l.mean().backward()
+            l = [cld.npid(row[None], bank.V, i[None], t, block) for row, i in zip(x, y)]
+            exact(torch.stack(l), step["per_sample"], what="per_sample")
+            loss = cld.npid(x, bank.V, y, t, block)
+            exact(loss, step["loss"], what="loss")
+            loss.backward()
             exact(x.grad, step["grad_x"], what="grad_x")
         assert torch.equal(bank.V, before)
         bank.update(step["x"][None], y, m)
@@ -1201,9 +1228,9 @@ def test_npid_of_two_views(case):
     for step in (case.below(f"step{s}") for s in steps):
         y, x1, x2 = step["y"], leaf(step["x1"]), leaf(step["x2"])
         l1, l2 = (cld.npid(x, bank.V, y, t) for x in (x1, x2))
-        exact(l1.mean(), step["loss1"])
-        exact(l2.mean(), step["loss2"])
-        loss = (l1.mean() + l2.mean()) / 2
+        exact(l1, step["loss1"])
+        exact(l2, step["loss2"])
+        loss = (l1 + l2) / 2
         exact(loss, step["loss"])
         loss.backward()
         exact(x1.grad, step["grad_x1"], what="grad_x1")
@@ -1240,7 +1267,7 @@ def test_npid_nce(case):
         exact(bank.Z, step["z"], what="z")
         assert not bank.Z.requires_grad
         exact(exps / bank.Z, step["probs"], what="probs")
-        loss = cld.npid_nce(exps / bank.Z, n, case.get("eps")).mean()
+        loss = cld.npid_nce(exps / bank.Z, n, case.get("eps"))
         exact(loss, step["loss"], what="loss")
         loss.backward()
         exact(x.grad, step["grad_x"], what="grad_x")
@@ -1266,7 +1293,7 @@ def test_npid_nce_of_two_views(case):
         exact(bank.Z, step["z"], what="z")
         exact(e1 / bank.Z, step["probs1"], what="probs1")
         exact(e2 / bank.Z, step["probs2"], what="probs2")
-        loss = (cld.npid_nce(e1 / bank.Z, n).mean() + cld.npid_nce(e2 / bank.Z, n).mean()) / 2
+        loss = (cld.npid_nce(e1 / bank.Z, n) + cld.npid_nce(e2 / bank.Z, n)) / 2
         exact(loss, step["loss"], what="loss")
         loss.backward()
         exact(x1.grad, step["grad_x1"], what="grad_x1")
@@ -1308,9 +1335,9 @@ def test_npid_and_cld(case):
     """(E2) + lambda (E7) = (E8)."""
     fi1, fi2, fg1, fg2 = (leaf(case[name]) for name in ("fi1", "fi2", "fg1", "fg2"))
     V, y, t = case["memory0"], case["y"], case.get("t")
-    instance = (cld.npid(fi1, V, y, t).mean() + cld.npid(fi2, V, y, t).mean()) / 2
-    group = cld.cld(torch.stack([fg1, fg2]), case.get("k"), case.get("iters"),
-                    case.get("cld_t"))[0].mean()
+    instance = (cld.npid(fi1, V, y, t) + cld.npid(fi2, V, y, t)) / 2
+    group, _ = cld.cld(torch.stack([fg1, fg2]), case.get("k"), case.get("iters"),
+                       case.get("cld_t"))
     exact(instance, case["loss_ins"], what="loss_ins")
     exact(group, case["loss_cld"], what="loss_cld")
     loss = instance + case.get("lambda") * group
@@ -1318,6 +1345,11 @@ def test_npid_and_cld(case):
     loss.backward()
     for name, x in dict(fi1=fi1, fi2=fi2, fg1=fg1, fg2=fg2).items():
         exact(x.grad, case[f"grad_{name}"], what=name)
+
+
+def moco_logits(q, k, Q, tau):
+    """[q . k, q Q^T] / T of (E5): (b, 1 + K)."""
+    return torch.cat([(q * k).sum(1, keepdim=True), q @ Q.T], 1) / tau
 
 
 @exercises("cld", "moco/queue")
@@ -1329,7 +1361,7 @@ def test_moco(case):
         step = case.below(f"step{s}")
         q1, q2, k = leaf(step["q1"]), leaf(step["q2"]), step["k"]
         for number, q in ((1, q1), (2, q2)):
-            exact(cld.moco_logits(q, k, queue.keys, t), step[f"logits{number}"], what="logits")
+            exact(moco_logits(q, k, queue.keys, t), step[f"logits{number}"], what="logits")
             exact(cld.moco(q, k, queue.keys, t), step[f"loss{number}"], what="loss")
         loss = (cld.moco(q1, k, queue.keys, t) + cld.moco(q2, k, queue.keys, t)) / 2
         exact(loss, step["loss"])
@@ -1358,14 +1390,14 @@ class ToyCLD(nn.Module):
 
     def forward(self, x):
         h = self.fc(x).relu()
-        return cld.unit(self.instDis(h)), cld.unit(self.groupDis(h))
+        return cld.l2_normalize(self.instDis(h)), cld.l2_normalize(self.groupDis(h))
 
 
 @exercises("cld", "moco/*/w*")
 def test_moco_and_cld_run(case):
-    """Whole steps on one and on two ranks, gradients averaged by hand: groups per rank (the
-    authors' scope), the keys of all ranks in the queue, the key network after the step of SGD or,
-    in the ImageNet code, before the next key pass, which moves no loss."""
+    """Whole steps on one and on two ranks, gradients averaged by hand: groups of each rank, the
+    keys of all ranks in the queue, the key network after the step of SGD or, in the ImageNet code,
+    before the next key pass, which moves no loss."""
     early = "/imagenet/" in case.prefix
     query, key = (ToyCLD(weights_below(case, "init")) for _ in range(2))
     queue, t, t_cld = common.Queue(case["queue0"]), case.get("t"), case.get("cld_t")
@@ -1380,19 +1412,25 @@ def test_moco_and_cld_run(case):
             common.momentum_update(key, query, case.get("alpha"))
         with torch.no_grad():
             keys = [key(step[f"{r}/x_key"])[0] for r in names]
-        losses = []
+        losses, group_features = [], []
         for r, k_r in zip(names, keys, strict=True):
             (q1, g1), (q2, g2) = query(step[f"{r}/x1"]), query(step[f"{r}/x2"])
             for v, q, g in ((1, q1, g1), (2, q2, g2)):
-                exact(cld.moco_logits(q, k_r, queue.keys, t), step[f"{r}/logits{v}"])
+                exact(moco_logits(q, k_r, queue.keys, t), step[f"{r}/logits{v}"])
                 exact(cld.moco(q, k_r, queue.keys, t), step[f"{r}/loss_ins{v}"])
                 if f"{r}/fg{v}" in step:
                     exact(g, step[f"{r}/fg{v}"], what="f_G")
-            l = cld.cld(torch.stack([g1, g2]), k, iters, t_cld)[0].mean()
+            l, _ = cld.cld(torch.stack([g1, g2]), k, iters, t_cld)
             exact(l, step[f"{r}/loss_cld"], what="loss_cld")
+            group_features.append(torch.stack([g1, g2]).detach())
             loss = (cld.moco(q1, k_r, queue.keys, t) + cld.moco(q2, k_r, queue.keys, t)) / 2
             losses.append(loss + lambd * l)
             exact(losses[-1], step[f"{r}/loss"], what="loss")
+        # --group-rows: the groups of each rank, as parts of the whole batch
+        rows = {g.shape[1] for g in group_features}
+        assert len(rows) == 1
+        l, _ = cld.cld(torch.cat(group_features, 1), k, iters, t_cld, group_rows=rows.pop())
+        exact(l, sum(step[f"{r}/loss_cld"] for r in names) / len(names), what="group_rows")
         optimizer.zero_grad()
         (sum(losses) / len(losses)).backward()
         optimizer.step()
@@ -1419,7 +1457,7 @@ def test_infomin_as_released(case):
         k, beta = step["k"], step["beta"].item()
         for number, end in ((1, ""), (2, "_original")):
             for name, weight in ((f"q{number}", 1 - beta), ("q_jig", beta)):
-                logits = cld.moco_logits(step[name], k, queue.keys, t)
+                logits = moco_logits(step[name], k, queue.keys, t)
                 stored = f"logits{number}" if name != "q_jig" else f"logits_jig{number}"
                 exact(logits, step[stored + end], what=stored)
                 l = F.cross_entropy(logits, torch.zeros(len(k), dtype=torch.int64),
@@ -1442,9 +1480,9 @@ def test_infomin(case):
         queries = {name: leaf(step[name]) for name in ("q1", "q2", "q_jig")}
         k = step["k"]
         for name, stored in (("q1", "logits1"), ("q2", "logits2"), ("q_jig", "logits_jig")):
-            exact(cld.moco_logits(queries[name], k, queue.keys, t), step[stored], what=stored)
-        q = torch.stack([queries["q1"], queries["q2"]])
-        loss = cld.infomin(q, queries["q_jig"], k, queue.keys, t, beta)
+            exact(moco_logits(queries[name], k, queue.keys, t), step[stored], what=stored)
+        l = {name: cld.moco(q, k, queue.keys, t) for name, q in queries.items()}
+        loss = (1 - beta) * (l["q1"] + l["q2"]) / 2 + beta * l["q_jig"]
         exact(loss, step["loss"], what="loss")
         loss.backward()
         for name, x in queries.items():
@@ -1469,7 +1507,8 @@ def test_jigsaw_head(case):
     head = cld.Jigsaw(case.name, d, D).to(case["x"].dtype)
     head.load_state_dict(weights)
     x = leaf(case["x"])
-    out = head(x, case["shuffle"])
+    order = case["shuffle"].view(-1, 9)  # rows of an image, image after image
+    out = head(x, order - 9 * torch.arange(len(order))[:, None])
     exact(out, case["out"], what="out")
     (case["w"] * out).sum().backward()
     exact(x.grad, case["grad_x"], what="grad_x")
@@ -1478,7 +1517,7 @@ def test_jigsaw_head(case):
 @exercises("cld", "normlinear")
 def test_normlinear(case):
     """(E9), before and after the L2 normalisation that follows."""
-    for end, after in (("", lambda y: y), ("_l2", cld.unit)):
+    for end, after in (("", lambda y: y), ("_l2", cld.l2_normalize)):
         x, weight = leaf(case["x"]), case["weight"].T
         layer = common.NormLinear(*case["weight"].shape).to(weight.dtype)
         assert layer.bias is None
@@ -1512,10 +1551,10 @@ def heads(case):
                                       lambda_cld=1.0))
     net.double()
     assert not net.load_state_dict(weights, strict=False).unexpected_keys
-    out = net(case["x"])
-    exact(out["f_I"][0], case["fi" if "fi" in case else "out_l2"], what="f_I")
+    f_I, f_G, *_ = net(case["x"])
+    exact(f_I[0], case["fi" if "fi" in case else "out_l2"], what="f_I")
     if "fg" in case:
-        exact(out["f_G"][0], case["fg"], what="f_G")
+        exact(f_G[0], case["fg"], what="f_G")
 
 
 test_linear_head, test_mlp_head, test_normmlp_head = (
@@ -1579,43 +1618,55 @@ def distance_table(class_dist, taus, low, high):
     return table, list(steps)
 
 
+def single_ranks(R, r, cumulative=False):
+    """For each rank i, R (B, 1 + M) of term i alone: rank i its positives, 0 its negatives."""
+    for i in range(1, r + 1):
+        one = R.where(R <= i, 0)
+        better = (R > 0) & (R < i)
+        one[better] = i if cumulative else -1
+        if i > 1:
+            one[:, 0] = -1
+        yield i, one
+
+
+def rank_losses(a, p, keys, R, taus, form, cumulative=False):
+    """The terms L_i (r,) of E6, each from a loss of which it is the only term that is not 0."""
+    return torch.stack([i * rince.rince(a, p, keys, one, taus[:i], form, cumulative)
+                        for i, one in single_ranks(R, len(taus), cumulative)])
+
+
 def check_rince(case, stem, a, p, keys, R, taus, cumulative=False):
     """loss, loss_per_rank, per_anchor, n_pos, n_neg and grad_anchor below `stem` of a case."""
     form, taus = RINCE_FORMS[stem.split("/")[-1]], taus.tolist()
     exact = a.dtype == torch.float64
     f64 = 1e-9 if exact else 1e-5
     a = leaf(a)
-
-    def terms(rows=slice(None), form=form, **more):
-        return rince.rince(a[rows], p[rows], keys, R[rows], taus, form, cumulative, **more)
-
-    loss = rince.mean_of_ranks(*terms())
+    loss = rince.rince(a, p, keys, R, taus, form, cumulative)
     loss.backward()
-    sums, counts = terms()
-    close((sums / counts.clamp(min=1)).double(), case[f"{stem}/loss_per_rank"], f64, atol=1e-11,
-          what="per rank")
-    n_pos = torch.stack([terms([n], "out", min_prob=0)[1] for n in range(len(a))])
+    close(rank_losses(a, p, keys, R, taus, form, cumulative).double(),
+          case[f"{stem}/loss_per_rank"], f64, atol=1e-11, what="per rank")
+    single = list(single_ranks(R, len(taus), cumulative))
+    n_pos = torch.stack([(one == i).sum(1) for i, one in single], 1)
     assert torch.equal(n_pos, case[f"{stem}/n_pos"])
     if f"{stem}/n_neg" in case:
-        n_neg = torch.stack([((R == 0) | (R > i)).sum(1) for i in range(1, len(taus) + 1)], 1)
+        n_neg = torch.stack([(one == 0).sum(1) for _, one in single], 1)
         assert torch.equal(n_neg, case[f"{stem}/n_neg"])
     empty = (n_pos.sum(0) == 0).any()  # then the original's total is a float32 number
     close(loss.double(), case[f"{stem}/loss"].double(), 1e-6 if empty else f64, atol=1e-11,
           what="loss")
     close(grad(a), case[f"{stem}/grad_anchor"], 1e-6 if empty else f64, atol=1e-11, what="grad")
-    per_anchor = [(s / c).where(c > 0, torch.nan) for s, c in map(terms, [[n] for n in
-                                                                          range(len(a))])]
-    expected = case[f"{stem}/per_anchor"]
-    per_anchor = torch.stack(per_anchor).double()
-    assert torch.equal(per_anchor.isnan(), expected.isnan())
-    close(per_anchor.nan_to_num(), expected.nan_to_num(), f64, atol=1e-11, what="per anchor")
+    per_anchor = torch.stack([
+        rank_losses(a[[n]], p[[n]], keys, R[[n]], taus, form, cumulative) for n in range(len(a))])
+    expected = case[f"{stem}/per_anchor"]  # NaN: no entry, which adds exactly 0
+    assert (per_anchor[expected.isnan()] == 0).all()
+    close(per_anchor.double(), expected.nan_to_num(), f64, atol=1e-11, what="per anchor")
 
 
 def check_queue_case(case):
     """(E1) to (E6) on a queue; returns R and the temperatures."""
     low, high, taus = case.get("min_tau"), case.get("max_tau"), case["taus"]
     table, steps = distance_table(case["class_dist"], taus.tolist(), low, high)
-    R = rince.rank_of(case["labels"], case["queue_labels"], table)
+    R = rince.rank_of(case["labels"], table, case["queue_labels"])
     theirs = torch.zeros_like(R)
     for rank, distance in enumerate(steps, 1):  # theirs has gaps where a rank is not defined
         theirs[:, 1:][case["rank_of_queue"] == distance + 1] = rank
@@ -1655,7 +1706,7 @@ def test_rince_in_batch(case):
     taus = case["taus"]
     table, _ = distance_table(case["class_dist"], taus.tolist(), case.get("min_tau"),
                               case.get("max_tau"))
-    R = rince.rank_of(case["labels"], case["labels"], table, first=0)
+    R = rince.rank_of(case["labels"], table)
     for stem in RINCE_FORMS:
         check_rince(case, stem, case["anchor"], case["pos"], case["pos"], R, taus)
 
@@ -1686,7 +1737,7 @@ def cifar_inputs(case):
 @exercises("rince", "cifar")
 def test_rince_on_cifar(case):
     """Rank 2: the siblings (same0), or own class and siblings, as their command trains (same1)."""
-    R = rince.rank_of(case["labels"], case["queue_labels"], cifar_table())
+    R = rince.rank_of(case["labels"], cifar_table(), case["queue_labels"])
     close(rince.temperatures(len(case["taus"]), 0.1, 0.6), case["taus"], 1e-6)
     for same, cumulative in (("same0", False), ("same1", True)):
         for stem in RINCE_FORMS:
@@ -1700,7 +1751,7 @@ def test_scl(case):
     labels = case if "labels" in case else cifar
     y, y_keys = labels["labels"], labels["queue_labels"]
     table = torch.eye(int(max(y.max(), y_keys.max())) + 1, dtype=torch.int64)
-    R = rince.rank_of(y, y_keys, table)
+    R = rince.rank_of(y, table, y_keys)
     if "labels" in case:
         coarse = Case("rince", "cifar100")["fine_to_coarse"]
         assert torch.equal(coarse[cifar["labels"]], y)
@@ -1806,12 +1857,12 @@ def test_rince_steps(case):
         if not cifar:
             common.momentum_update(w_k, w_q, case.get("m"))
         p = F.normalize(now["x_k"] @ w_k[0].T, dim=1).detach()
-        R = rince.rank_of(now["labels"], queue.labels, table)
-        terms = rince.rince(a, p, queue.keys, R, taus, "out-in", cifar)
-        loss = rince.mean_of_ranks(*terms)
+        R = rince.rank_of(now["labels"], table, queue.labels)
+        loss = rince.rince(a, p, queue.keys, R, taus, "out-in", cifar)
         sgd.zero_grad()
         loss.backward()
-        f64 = 1e-9 if step and (terms[1] > 0).all() else 1e-6
+        terms = rank_losses(a, p, queue.keys, R, taus, "out-in", cifar)
+        f64 = 1e-9 if step and (terms > 0).all() else 1e-6
         close(loss.double(), now["loss"].double(), f64, atol=1e-11, what=f"step {step} loss")
         close(w_q[0].grad, now["grad_w"], f64, 1e-6, what=f"step {step} gradient")
         if cifar:
@@ -1833,8 +1884,8 @@ def test_rince_steps(case):
 def test_rince_ranks(case):
     """Two processes of the original: each takes the mean over its own anchors or pairs.
 
-    Passing local counts gives their numbers. Ours are the global mean: the same for the mean over
-    anchors where all have a positive, another for pairs.
+    The loss of one process's rows gives their numbers. Ours is the loss of the whole batch: the
+    same for the mean over anchors where all have a positive, another for pairs.
     """
     x, labels = case["x"], case["labels"]  # (steps, W, 2, B, D), (steps, W, B)
     differs = []
@@ -1845,21 +1896,22 @@ def test_rince_ranks(case):
         for step in range(len(x)):
             now = case.below(f"{variant}/step{step}")
             common.momentum_update(w_k, w_q, case.get("m"))
-            terms, local, keys = [], [], []
+            local, anchors, keys = [], [], []
             sgd.zero_grad()
             for r in range(x.shape[1]):
                 y = labels[step, r]
                 raw = F.normalize(x[step, r, 0] @ w_q[0].T, dim=1)
                 a = raw.detach().requires_grad_()
                 p = F.normalize(x[step, r, 1] @ w_k[0].T, dim=1).detach()
-                R = rince.rank_of(y, queue.labels, table)
-                terms.append(rince.rince(a, p, queue.keys, R, taus, form))
+                R = rince.rank_of(y, table, queue.labels)
+                loss = rince.rince(a, p, queue.keys, R, taus, form)
+                anchors.append(a)
                 keys.append(p)
-                loss = rince.mean_of_ranks(*terms[-1])
                 local.append(loss.item())
                 loss.backward()
                 raw.backward(a.grad / x.shape[1])  # DDP's mean
-                empty = (terms[-1][1] == 0).any()  # a float32 total, now or in a step before
+                # a float32 total, now or in a step before
+                empty = (rank_losses(a, p, queue.keys, R, taus, form) == 0).any()
                 f64 = 1e-6 if empty or step else 1e-9
                 stem = f"rank{r}"
                 close(loss.double(), now[f"{stem}/loss"].double(), 1e-6, what=f"{stem} loss")
@@ -1867,23 +1919,17 @@ def test_rince_ranks(case):
                 close(p, now[f"{stem}/key"], 1e-6, what=f"{stem} key")
                 close(a.grad, now[f"{stem}/grad_anchor"], f64, 1e-6, what=f"{stem} gradient")
             close(w_q[0].grad, now["grad_w_mean"], 1e-6, what="gradient")
-            # the rule of `train`: sums over the ranks' counts added up, times W
-            counts = sum(c for _, c in terms)
-            ours = [len(terms) * rince.mean_of_ranks(s, counts).item() for s, _ in terms]
-            mean = sum(ours) / len(ours)
-            differs.append(abs(mean - sum(local) / len(local)))
             y, p = labels[step].flatten(), torch.cat(keys)
-            a = F.normalize(x[step, :, 0].flatten(0, 1) @ w_q[0].T, dim=1)
-            R = rince.rank_of(y, queue.labels, table)
-            close(mean, rince.mean_of_ranks(*rince.rince(a, p, queue.keys, R, taus, form)).detach(),
-                  what="one process")
+            R = rince.rank_of(y, table, queue.labels)
+            ours = rince.rince(torch.cat(anchors), p, queue.keys, R, taus, form).item()
+            differs.append(abs(ours - sum(local) / len(local)))
             sgd.step()
             queue.enqueue(p, y)
             for ours, name in ((w_q[0], "w_q"), (w_k[0], "w_k"), (queue.keys, "queue")):
                 close(ours, now[name], 1e-6, what=f"{variant} step {step} {name}")
             assert torch.equal(queue.labels, now["queue_labels"])
             assert queue.ptr == now["ptr"] % len(queue.keys)
-    assert max(differs) > 1e-2
+    assert max(differs) > 1e-6
 
 
 @exercises("rince", "lr/*")
@@ -1988,7 +2034,8 @@ def test_class_lists():
 #
 # One direction after the other: images (rows of S) against texts, texts against images. Cases of
 # two ranks hold the global batch; there the loss of the original is that of all pairs on every
-# rank, and its gradients are the slices of one process (see `of`).
+# rank, and its gradients are the slices of one process (see `of`), as ours are before the factor
+# of common.gather.
 
 
 def clip_cases(*patterns):
@@ -2028,10 +2075,9 @@ def hyper(case):
 
 
 def features_of(case, t, dtype=torch.float64):
-    """Leaves img, txt (B, D), columns of the own pairs, and the mask of negatives."""
+    """Leaves img, txt (B, D), and the mask of negatives."""
     img, txt = (leaf(case[k][t].to(dtype)) for k in ("in_img", "in_txt"))
-    own = torch.arange(len(img))
-    return img, txt, own, sogclr_clip.negatives(own, len(img))
+    return img, txt, ~sogclr_clip.own_pairs(img)
 
 
 def same_step(case, t, loss, img, txt, dtype=torch.float64):
@@ -2055,19 +2101,19 @@ def first_tau(case):
 def walk(case, direction, dtype, N, **start):
     """Run a loss with state through all steps of a case and compare everything.
 
-    direction(S, own, negative, old, hp, epoch, side, t) gives L and the new values of the rows;
+    direction(S, negative, old, hp, epoch, side, t) gives L and the new values of the rows;
     state is kept here by id, `start` are its initial values.
     """
     hp, B = hyper(case), case["in_img"].shape[1]
     case.read.add("extra")  # informative only
     state = {s: {k: torch.full((N,), v, dtype=dtype) for k, v in start.items()} for s in "IT"}
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
+        img, txt, negative = features_of(case, t, dtype)
         loss = 0.0
         for side, S, ids in (("I", img @ txt.T, case["in_img_ids"][t]),
                              ("T", txt @ img.T, case["in_txt_ids"][t])):
             old = {k: v[ids] for k, v in state[side].items()}
-            L, new = direction(S, own, negative, old, hp, case["in_epoch"][t].item(), side, t)
+            L, new = direction(S, negative, old, hp, case["in_epoch"][t].item(), side, t)
             for k, v in new.items():
                 state[side][k][ids] = v
             loss = loss + L
@@ -2117,9 +2163,8 @@ def test_clip(case, dtype):
     """(E1); two ranks: also the loss and gradients of one process, stored beside."""
     tau = hyper(case)["temperature"]
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
-        loss = (sogclr_clip.clip(img @ txt.T, own, negative, tau)
-                + sogclr_clip.clip(txt @ img.T, own, negative, tau)) / 2
+        img, txt, negative = features_of(case, t, dtype)
+        loss = sogclr_clip.clip(img @ txt.T, negative, tau, tau)
         same_step(case, t, loss, img, txt, dtype)
         full(case, t, loss, img, txt, dtype)
 
@@ -2135,10 +2180,9 @@ def full(case, t, loss, img, txt, dtype):
 @clip_cases("clip_learn")
 def test_clip_with_learnable_tau(case, dtype):
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
+        img, txt, negative = features_of(case, t, dtype)
         tau = leaf(case["hp_temperature"].to(dtype))
-        loss = (sogclr_clip.clip(img @ txt.T, own, negative, tau)
-                + sogclr_clip.clip(txt @ img.T, own, negative, tau)) / 2
+        loss = sogclr_clip.clip(img @ txt.T, negative, tau, tau)
         same_step(case, t, loss, img, txt, dtype)
         close(tau.grad, case["gradp_temp"][t].to(dtype), 1e-10, 1e-4, what="gradp_temp")
 
@@ -2147,12 +2191,12 @@ def test_clip_with_learnable_tau(case, dtype):
 def test_clip_with_tau_per_sample(case):
     """The original divides columns by the temperatures of rows; ours divides rows."""
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t)
+        img, txt, negative = features_of(case, t)
         tau_I, tau_T = leaf(case["in_image_tau"]), leaf(case["in_text_tau"])
         p, q = case["in_img_ids"][t], case["in_txt_ids"][t]
-        fixed = (sogclr_clip.clip(img @ txt.T, own, negative, tau_I[p][:, None])
-                 + sogclr_clip.clip(txt @ img.T, own, negative, tau_T[q][:, None])) / 2
+        fixed = sogclr_clip.clip(img @ txt.T, negative, tau_I[p][:, None], tau_T[q][:, None])
         close(fixed, case["loss_rowwise_fixed"][t], 1e-10, what="row-wise")
+        own = torch.arange(len(img))
         buggy = (F.cross_entropy(img @ txt.T / tau_I[p], own)
                  + F.cross_entropy(txt @ img.T / tau_T[q], own)) / 2
         assert abs(fixed.item() - buggy.item()) > 1e-3
@@ -2165,12 +2209,10 @@ def test_clip_with_tau_per_sample(case):
 def test_cyclip(case, dtype):
     hp = hyper(case)
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
-        S_I, S_T = img @ txt.T, txt @ img.T
-        loss = (sogclr_clip.clip(S_I, own, negative, hp["temperature"])
-                + sogclr_clip.clip(S_T, own, negative, hp["temperature"])) / 2
-        loss = loss + sogclr_clip.cyclip(S_I, S_T, img @ img.T, txt @ txt.T, hp["lambda_in"],
-                                         hp["lambda_cross"])
+        img, txt, negative = features_of(case, t, dtype)
+        S, tau = img @ txt.T, hp["temperature"]
+        loss = sogclr_clip.clip(S, negative, tau, tau) + sogclr_clip.cyclip(
+            S, img @ img.T, txt @ txt.T, hp["lambda_in"], hp["lambda_cross"])
         same_step(case, t, loss, img, txt, dtype)
         full(case, t, loss, img, txt, dtype)
 
@@ -2185,34 +2227,48 @@ def test_vicreg(case, dtype):
         full(case, t, loss, img, txt, dtype)
 
 
+def surrogate(S, negative, old, gamma, hp):
+    """SogCLR with h(D) = max(0, D + c)^2 in the place of D, an option of the original."""
+    D = (sogclr_clip.difference(S) + hp["surrogate_c"]).clamp(min=0).square()
+    z = D.detach() / hp["temperature"]
+    b = torch.maximum(old["b"], z.amax(1))
+    L, log_u, *_ = sogclr_clip.estimate(D, z, old["log_u"], gamma, negative,
+                                        math.log(hp["eps"]) + b)
+    return L, dict(log_u=log_u, b=b)
+
+
 @clip_cases("sogclr", "sogclr_t001", "sogclr_g01", "sogclr_sqh", "sogclr_late", "sogclr_upstream",
             "ws2_sogclr", "ws2_sogclr_upstream")
 def test_sogclr(case, dtype):
     """(E4) to (E11). The original's rule for a first visit after epoch 0 is u = gamma g; its
     earlier release counts the pair itself and knows no rule for epoch 0."""
     upstream = case.prefix.endswith("upstream")
-    full_only = dict(s_I=0) if upstream else {}
 
-    def direction(S, own, negative, old, hp, epoch, side, t):
+    def direction(S, negative, old, hp, epoch, side, t):
         gamma = 1.0 if epoch == 0 and not upstream else hp["gamma"]
-        D = sogclr_clip.difference(S, own)
-        if case.prefix == "sogclr_sqh":  # the surrogate of the original, not offered here
-            D = (D + hp["surrogate_c"]).clamp(min=0).square()
+        if case.prefix == "sogclr_sqh":
+            return surrogate(S, negative, old, gamma, hp)
         if upstream:
             tau = torch.full_like(S[:, 0], hp["temperature"])
-            L, log_u, b, _ = sogclr_clip.sogclr_dro(D, own, negative, old["log_u"], old["b"], tau,
+            L, log_u, b, _ = sogclr_clip.sogclr_dro(S, negative, old["log_u"], old["b"], tau,
                                                     gamma, 0.0, hp["eps"])
         else:
-            L, log_u, b = sogclr_clip.sogclr(D, negative, old["log_u"], old["b"],
+            L, log_u, b = sogclr_clip.sogclr(S, negative, old["log_u"], old["b"],
                                              hp["temperature"], gamma, hp["eps"])
         return L, dict(log_u=log_u, b=b)
 
-    assert isinstance(full_only, dict)
     walk(case, direction, dtype, size(case), log_u=-math.inf, b=0.0)
     for t in range(len(case["in_img"])):  # the file of two ranks: gradients of one process
         for name in ("full_loss", "full_grad_img", "full_grad_txt"):
             if name in case:
                 close(of(case, name.removeprefix("full_"), t), case[name][t], 1e-10, what=name)
+
+
+def weighted(S, negative, log_den, hp):
+    """(E8), (E9) with a given denominator (B,)."""
+    D = sogclr_clip.difference(S)
+    w = torch.exp(D.detach() / hp["temperature"] - log_den[:, None]) * negative
+    return ((w * D).sum(1) / negative.sum(1)).mean()
 
 
 @clip_cases("sogclr_dup")
@@ -2224,22 +2280,20 @@ def test_sogclr_with_an_id_twice(case):
     state = {s: (torch.full((N,), -math.inf).double(), torch.zeros(N).double()) for s in "IT"}
     repeated = 0
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t)
+        img, txt, negative = features_of(case, t)
         gamma = 1.0 if case["in_epoch"][t] == 0 else hp["gamma"]
         loss = 0.0
         for side, S, ids in (("I", img @ txt.T, case["in_img_ids"][t]),
                              ("T", txt @ img.T, case["in_txt_ids"][t])):
             repeated += len(ids) - len(ids.unique())
             log_u, b = state[side]
-            D = sogclr_clip.difference(S, own)
-            L, new_u, new_b = sogclr_clip.sogclr(D, negative, log_u[ids], b[ids],
-                                                 hp["temperature"], gamma, hp["eps"])
+            inputs = S, negative, log_u[ids], b[ids], hp["temperature"], gamma
+            _, new_u, new_b = sogclr_clip.sogclr(*inputs, hp["eps"])
+            close(sogclr_clip.sogclr(*inputs, eps=0)[0], weighted(S, negative, new_u, hp), 1e-9)
             for i in range(len(ids)):  # the last row of an id wins
                 log_u[ids[i]], b[ids[i]] = new_u[i], new_b[i]
-            z, n = D.detach() / hp["temperature"], negative.sum(1).double()
-            floor = torch.logaddexp(new_u, math.log(hp["eps"]) + b[ids])  # b read back
-            back = sogclr_clip.weighted(D, z, floor, negative, n)[0].mean()
-            close(L, back, 1e-4, what="each row with its own b")
+            floor = math.log(hp["eps"]) + b[ids]  # b read back
+            back = weighted(S, negative, torch.logaddexp(new_u, floor), hp)
             loss = loss + back
             same_state(case, t, side, dict(log_u=log_u, b=b), torch.float64, len(ids), hp)
         same_step(case, t, loss, img, txt)
@@ -2248,8 +2302,8 @@ def test_sogclr_with_an_id_twice(case):
 
 def dro(case, variant):
     """`direction` of the losses with stored temperatures."""
-    def direction(S, own, negative, old, hp, epoch, side, t):
-        new = variant(S, own, negative, old, hp, 1.0 if epoch == 0 else hp["gamma"], t)
+    def direction(S, negative, old, hp, epoch, side, t):
+        new = variant(S, negative, old, hp, 1.0 if epoch == 0 else hp["gamma"], t)
         L, G = new.pop("L"), new.pop("G")
         schedule = case.prefix.removeprefix("sogclr_dro_")
         schedule = {"cos": "cosine", "exp": "exp"}.get(schedule, "const")
@@ -2266,10 +2320,9 @@ def dro(case, variant):
 @clip_cases("sogclr_dro", "sogclr_dro_cos", "sogclr_dro_exp", "ws2_sogclr_dro")
 def test_sogclr_dro(case, dtype):
     """(E12) to (E14); the original has no rule for epoch 0."""
-    def variant(S, own, negative, old, hp, gamma, t):
+    def variant(S, negative, old, hp, gamma, t):
         L, log_u, b, G = sogclr_clip.sogclr_dro(
-            sogclr_clip.difference(S, own), own, negative, old["log_u"], old["b"], old["tau"],
-            hp["gamma"], hp["rho"], hp["eps"])
+            S, negative, old["log_u"], old["b"], old["tau"], hp["gamma"], hp["rho"], hp["eps"])
         return dict(L=L, log_u=log_u, b=b, G=G)
 
     walk(case, dro(case, variant), dtype, size(case), log_u=-math.inf, b=0.0, v=0.0,
@@ -2278,10 +2331,9 @@ def test_sogclr_dro(case, dtype):
 
 @clip_cases("isogclr_new", "isogclr_new_eta", "ws2_isogclr_new")
 def test_isogclr(case, dtype):
-    def variant(S, own, negative, old, hp, gamma, t):
+    def variant(S, negative, old, hp, gamma, t):
         L, log_u, b, G = sogclr_clip.isogclr(
-            sogclr_clip.difference(S, own), negative, old["log_u"], old["b"], old["tau"], gamma,
-            hp["rho"], hp["eps"])
+            S, negative, old["log_u"], old["b"], old["tau"], gamma, hp["rho"], hp["eps"])
         return dict(L=L, log_u=log_u, b=b, G=G)
 
     walk(case, dro(case, variant), dtype, size(case), log_u=-math.inf, b=0.0, v=0.0,
@@ -2293,7 +2345,7 @@ def test_isogclr_v2(case, dtype):
     """(E20). In float32 the original fails here (s underflows); log u does not."""
     log_r, lambd, done = torch.tensor(-math.inf, dtype=dtype), hyper(case)["lamda"], None
 
-    def variant(S, own, negative, old, hp, gamma, t):
+    def variant(S, negative, old, hp, gamma, t):
         nonlocal log_r, done
         if t != done:  # once a step
             log_r = sogclr_clip.log_average(
@@ -2301,7 +2353,7 @@ def test_isogclr_v2(case, dtype):
             expected, done = of(case, "r", t).log() + of(case, "b_pos", t), t
             close(log_r, expected.to(dtype), 1e-10, 1e-4, 1e-10, "r")
         L, log_u, b, G = sogclr_clip.isogclr_v2(
-            S, own, negative, old["log_u"], old["b"], log_r, old["tau"], gamma, hp["rho"], lambd,
+            S, negative, old["log_u"], old["b"], log_r, old["tau"], gamma, hp["rho"], lambd,
             hp["eps"])
         return dict(L=L, log_u=log_u, b=b, G=G)
 
@@ -2326,7 +2378,7 @@ def test_isogclr_with_a_network(case, dtype):
     """(E15) to (E19), without dropout: losses, temperatures, gradients of the network."""
     nets, v1 = generators(case, dtype), case.prefix.endswith("v1")
 
-    def direction(S, own, negative, old, hp, epoch, side, t):
+    def direction(S, negative, old, hp, epoch, side, t):
         gamma = 1.0 if epoch == 0 else hp["gamma"]
         f = case["in_img" if side == "I" else "in_txt"][t].to(dtype)
         nets[side].zero_grad()
@@ -2334,13 +2386,12 @@ def test_isogclr_with_a_network(case, dtype):
         close(tau, case[f"tau_out_{side}"][t].to(dtype), 1e-10, 1e-4, what="tau")
         rho = hp["rho"] if v1 else hp[f"rho_{side}"]
         if v1:
-            L, log_u, G = sogclr_clip.isogclr_v1(S, own, negative, old["log_u"], tau.detach(),
+            L, log_u, G = sogclr_clip.isogclr_v1(S, negative, old["log_u"], tau.detach(),
                                                  gamma, rho)
             new = dict(log_u=log_u)
         else:
             L, log_u, b, G = sogclr_clip.isogclr(
-                sogclr_clip.difference(S, own), negative, old["log_u"], old["b"], tau.detach(),
-                gamma, rho, hp["eps"])
+                S, negative, old["log_u"], old["b"], tau.detach(), gamma, rho, hp["eps"])
             new = dict(log_u=log_u, b=b)
         extra = (G * tau).mean()
         for name, g in zip([n for n, _ in nets[side].named_parameters()],
@@ -2362,15 +2413,11 @@ def test_onlineclr(case, dtype):
     log_n = log_p = torch.tensor(-math.inf, dtype=dtype)
     case.read |= {"in_img_ids", "in_txt_ids", "in_epoch"} & case.arrays.keys()
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
-        S = img @ txt.T
-        n, p = sogclr_clip.online_sums(S.detach(), own, negative, tau) + math.log(2)
-        log_n = sogclr_clip.log_average(log_n, n, gamma)
-        log_p = sogclr_clip.log_average(log_p, p, gamma)
+        img, txt, negative = features_of(case, t, dtype)
+        loss, log_n, log_p = sogclr_clip.onlineclr(img @ txt.T, negative, log_n, log_p, tau, gamma)
         for log, u, c, scale in ((log_n, "u_n", "c_n", tau), (log_p, "u_p", "c_p", 10 * tau)):
             expected = of(case, u, t).log().squeeze() + of(case, c, t) / scale
             close(log, expected.to(dtype), 1e-10, 1e-4, 1e-10, u)
-        loss = sum(sogclr_clip.onlineclr(x, own, negative, log_n, log_p, tau) for x in (S, S.T))
         same_step(case, t, loss, img, txt, dtype)
 
 
@@ -2382,22 +2429,17 @@ def test_sogclr_mine(case, dtype):
     tables = {s: torch.full((N,), -math.inf, dtype=dtype) for s in "IT"}
     tight, loose = dict(f64=1e-10, f32=1e-4), 1e-12 if dtype == torch.float64 else 1e-4
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
+        img, txt, negative = features_of(case, t, dtype)
         S, epoch = img @ txt.T, case["in_epoch"][t].item()
-        g = sogclr_clip.log_mean(S.detach() / tau, negative, negative.sum(1).to(dtype))
-        log_v = sogclr_clip.log_average(log_v, g.logsumexp(0) - math.log(len(g)),
-                                        1.0 if epoch == 0 else hp["gamma"])
+        dv, log_v = sogclr_clip.mine(S, negative, log_v, tau, 1.0 if epoch == 0 else hp["gamma"])
         close(log_v, case["logv"][t].to(dtype), atol=loose, **tight)
-        gcl = dv = 0.0
-        mean = 0.0
+        gcl = mean = 0.0
         for side, x, ids in (("I", S, case["in_img_ids"][t]), ("T", S.T, case["in_txt_ids"][t])):
             old = tables[side][ids]
-            gamma = sogclr_clip.Objective.first_visit(old, epoch, hp["gamma"])
-            L, log_u = sogclr_clip.info_sogclr(sogclr_clip.difference(x, own), negative, old, tau,
-                                               gamma)
+            gamma = sogclr_clip.first_visit(old, epoch, hp["gamma"])
+            L, log_u = sogclr_clip.info_sogclr(x, negative, old, tau, gamma)
             tables[side][ids] = log_u
-            gcl, dv = gcl + L, dv + sogclr_clip.mine(x, own, negative, log_v, tau)
-            mean = mean - log_u.mean() / 2
+            gcl, mean = gcl + L, mean - log_u.mean() / 2
             same_log_u(tables[side], case[f"logu_{side}"][t], dtype)
         for name, value in (("loss_sogclr", gcl), ("loss_mine", dv), ("mi_gcl", mean),
                             ("mi_dv", S.diagonal().mean() / tau - log_v)):
@@ -2412,13 +2454,13 @@ def test_fastclip(case, dtype):
     hp, N, v = hyper(case), size(case), case.prefix[-1]
     tables = {s: torch.full((N,), -math.inf, dtype=dtype) for s in "IT"}
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
+        img, txt, negative = features_of(case, t, dtype)
         gamma, loss, grad_tau = case["in_gamma"][t].item(), 0.0, []
         for side, name, S, ids in (("I", "img", img @ txt.T, case["in_img_ids"][t]),
                                    ("T", "txt", txt @ img.T, case["in_txt_ids"][t])):
             tau = case[f"in_tau_{name}"][t].to(dtype)[:, None] if v == "2" else hp["tau"]
-            L, log_u, G = sogclr_clip.fastclip(sogclr_clip.difference(S, own), negative,
-                                               tables[side][ids], tau, gamma, hp["rho"], hp["eps"])
+            L, log_u, G = sogclr_clip.fastclip(S, negative, tables[side][ids], tau, gamma,
+                                               hp["rho"], hp["eps"])
             tables[side][ids] = log_u
             u = case[f"u_{side}"][t]
             close(tables[side][u > 0], u[u > 0].log().to(dtype), 1e-10, 1e-5, 1e-10)
@@ -2450,9 +2492,9 @@ def test_gamma_schedule(case):
 @clip_cases("siglip")
 def test_siglip(case, dtype):
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
+        img, txt, negative = features_of(case, t, dtype)
         s, c = leaf(case["hp_logit_scale"].to(dtype)), leaf(case["hp_logit_bias"].to(dtype))
-        same_step(case, t, sogclr_clip.siglip(img @ txt.T, own, negative, s, c), img, txt, dtype)
+        same_step(case, t, sogclr_clip.siglip(img @ txt.T, negative, s, c), img, txt, dtype)
         close(s.grad, case["gradp_scale"][t].to(dtype), 1e-10, 1e-4)
         close(c.grad, case["gradp_bias"][t].to(dtype), 1e-10, 1e-4)
 
@@ -2469,7 +2511,7 @@ def test_hybrid(case, dtype):
         close(value, case[name][(t, *index)].to(dtype), 1e-10, 1e-4, max(atol, 1e-10), name)
 
     for t in range(len(case["in_img"])):
-        img, txt, own, negative = features_of(case, t, dtype)
+        img, txt, negative = features_of(case, t, dtype)
         x, y = F.normalize(img, dim=1), F.normalize(txt, dim=1)
         S, ids = x @ y.T, dict(I=case["in_img_ids"][t], T=case["in_txt_ids"][t])
         tau = hp["tau"] * (1 + S.detach().std().tanh())
@@ -2483,8 +2525,7 @@ def test_hybrid(case, dtype):
             mask = torch.cat([negative, torch.ones(len(f), len(rows), dtype=torch.bool)], 1)
             old = log_u[side][ids[side]]
             L, now = sogclr_clip.info_sogclr(
-                sogclr_clip.difference(wide, own), mask, old, tau,
-                sogclr_clip.Objective.first_visit(old, epoch, hp["gamma"]))
+                wide, mask, old, tau, sogclr_clip.first_visit(old, epoch, hp["gamma"]))
             base = base + L
             new[side] = now, sogclr_clip.bank_row(bank[side][ids[side]], f.detach(),
                                                   old > -math.inf, hp["memory_momentum"])
@@ -2493,7 +2534,7 @@ def test_hybrid(case, dtype):
             same_log_u(log_u[side], case[f"logu_{side}"][t], dtype)
             same(bank[side], f"bank_{side}", t)
         cov = sum(sogclr_clip.decorrelation(D ** 0.5 * f) for f in (x, y))
-        diff = sogclr_clip.difficulty(S, S.T, own, negative, S.diagonal(), tau)
+        diff = sogclr_clip.difficulty(S, negative, tau)
         for name, value in (("base", base), ("cov", cov), ("diff", diff)):
             same(value, name, t)
         same_step(case, t, base + hp["covariance_weight"] * cov + hp["difficulty_weight"] * diff,
@@ -2643,4 +2684,5 @@ def test_learning_rate(case):
 
 @clip_cases("caption")
 def test_caption_cleaner(case):
-    assert [sogclr_clip.clean(c, int(case.get("hp_max_words"))) for c in case["in"]] == case["out"]
+    words = int(case.get("hp_max_words"))
+    assert [sogclr_clip.clean_caption(c, words) for c in case["in"]] == case["out"]

@@ -2,19 +2,24 @@
 import argparse
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from ranks import blob_tables, close
+from torch import nn
 
 import clinfonce
 import common
 import linear_eval
 
 MACHINE = ["--device", "cpu", "--threads", "1", "--workers", "0"]
+CPU = torch.device("cpu")
 QUICK = [*MACHINE, "--lrs", "3", "30", "--weight-decays", "0", "1e-4", "--epochs", "3"]
 
 
@@ -130,7 +135,8 @@ def test_every_format_gives_the_same_network(name, tmp_path):
     q, k = network(arch, stem, 1), network(arch if "k" in name else "resnet-tiny", stem, 2)
     k = network(arch, stem, 2) if name in ("moco", "key encoder first") else k
     torch.save(make(q, k), tmp_path / "file.pt")
-    loaded, about = linear_eval.load_backbone("file", linear_eval.read(str(tmp_path / "file.pt")))
+    checkpoint = linear_eval.read_checkpoint(str(tmp_path / "file.pt"))
+    loaded, about = linear_eval.load_backbone("file", checkpoint)
     assert (about["arch"], about["stem"], about["prefix"]) == (arch, stem, prefix)
     assert about["left_out"] == left_out
     counters = [n for n in q.state_dict() if "num_batches" in n]
@@ -151,7 +157,7 @@ def test_files_that_do_not_fit(tmp_path, capsys):
         assert str(file) in line
         return line
 
-    args = common.plain(common.Parser("sogclr_clip", "", {"demo": {}}).parse_args([]))
+    args = common.flags_dict(common.Parser("sogclr_clip", "", {"demo": {}}).parse_args([]))
     assert "python sogclr_clip.py --evaluate" in error(dict(
         format=1, method="sogclr_clip", args=args, state={}))
     assert "no weight fits a ResNet; it holds visual.a, b" in error({
@@ -225,14 +231,14 @@ def uneven(args):
 
 def test_min_per_class(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(common.SOURCES, "shapes", uneven)
-    data, names, notes = linear_eval.load(flags("--checkpoint", "none", "--min-per-class", "20"),
-                                          torch.device("cpu"))
+    args = flags("--checkpoint", "none", "--min-per-class", "20")
+    data, names, notes = linear_eval.load_labelled(args, CPU)
     assert names == ["class 3", "class 7"]
     assert data.train.columns["label"].tolist() == [0] * 30 + [1] * 20
     assert data.test.columns["label"].tolist() == [1] * 4 + [0] * 5
     assert data.test.index.tolist() == [0, 1, 2, 3, 9, 10, 11, 12, 13]
     assert notes[0].startswith("7 of 57 training images") and "6 of 15 test images" in notes[1]
-    data, names, _ = linear_eval.load(flags("--checkpoint", "none"), torch.device("cpu"))
+    data, names, _ = linear_eval.load_labelled(flags("--checkpoint", "none"), CPU)
     assert names == ["class 3", "class 5", "class 7"] and len(data.test) == 11
     line = fails(capsys, "--checkpoint", "none", "--min-per-class", "25", "--out",
                  str(tmp_path / "x.json"))
@@ -241,12 +247,12 @@ def test_min_per_class(monkeypatch, tmp_path, capsys):
 
 def test_fraction(capsys, tmp_path):
     def rows(*argv):
-        return linear_eval.load(flags("--checkpoint", "none", *argv), torch.device("cpu"))[0].train
+        return linear_eval.load_labelled(flags("--checkpoint", "none", *argv), CPU)[0].train
 
-    part = rows("--fraction", "0.2", "--batch-size", "8")
-    assert torch.bincount(part.columns["label"]).tolist() == [2] * 24
-    assert torch.equal(part.index, rows("--fraction", "0.2", "--batch-size", "8").index)
-    assert not torch.equal(part.index, rows("--fraction", "0.2", "--batch-size", "8", "--seed",
+    some = rows("--fraction", "0.2", "--batch-size", "8")
+    assert torch.bincount(some.columns["label"]).tolist() == [2] * 24
+    assert torch.equal(some.index, rows("--fraction", "0.2", "--batch-size", "8").index)
+    assert not torch.equal(some.index, rows("--fraction", "0.2", "--batch-size", "8", "--seed",
                                             "1").index)
     assert len(rows("--fraction", "0.3", "--recipe", "fast")) == 72
     assert flags("--checkpoint", "none", "--fraction", "0.01").recipe == "semi-1"
@@ -263,7 +269,7 @@ def test_subset(tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("7\n\n200\n12\n")
     argv = ["--checkpoint", "none", "--recipe", "fast", "--subset", str(names)]
-    data = linear_eval.load(flags(*argv), torch.device("cpu"))[0]
+    data = linear_eval.load_labelled(flags(*argv), CPU)[0]
     assert data.train.index.tolist() == [7, 12, 200]
     names.write_text("7\ncat.png\n")
     assert "line 2: 'cat.png' names no labelled training image" in fails(capsys, *argv)
@@ -281,7 +287,7 @@ def test_subset(tmp_path, capsys):
                 Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(root / split / c / name)
     argv += ["--dataset", "folder", "--data-dir", str(root)]
     names.write_text("b0.png\ntrain/a/1.png\n")
-    data = linear_eval.load(flags(*argv), torch.device("cpu"))[0]
+    data = linear_eval.load_labelled(flags(*argv), CPU)[0]
     assert [p[-7:] for p in data.train.paths] == ["a/1.png", "/b0.png"]
     names.write_text("1.png\n")
     assert "'1.png' names no labelled training image, or two" in fails(capsys, *argv)
@@ -314,16 +320,17 @@ def test_fast_probe_separates_what_is_separable():
     x[:, 3] = x_test[:, 3] = 5.0
     args = argparse.Namespace(epochs=10, batch_size=32, momentum=0.9, seed=0,
                               lrs=[0.0, 10.0], weight_decays=[0.0, 1e-5])
-    batch = linear_eval.standardise(x)
-    rows = batch(x, torch.arange(200), y.device)
+    standardize = linear_eval.standardizer(x)
+    rows = standardize(x, torch.arange(200), y.device)
     assert rows.shape == (200, 13) and torch.equal(rows[:, 12], torch.ones(200))
     assert rows[:, :12].square().sum(1).mean().item() == pytest.approx(11 / 12, rel=1e-4)
-    chosen = linear_eval.choose(x, y, batch, 5, args)
+    chosen = linear_eval.choose_hyperparameters(x, y, standardize, 5, args)
     assert chosen["lr"] == 10.0 and chosen["validation_top1"] == 100.0
     assert chosen["held_out"] == 40 and len(chosen["grid"]) == 4
     assert chosen["grid"][0] == dict(lr=0.0, weight_decay=0.0, validation_top1=20.0)
-    W = linear_eval.fit(x, y, torch.arange(200), batch, 5, [(chosen["lr"], 0.0)], args)[:, 0]
-    logits = batch(x_test, torch.arange(100), y.device) @ W
+    W = linear_eval.fit_softmax_regression(x, y, torch.arange(200), standardize, 5,
+                                           [(chosen["lr"], 0.0)], args)[:, 0]
+    logits = standardize(x_test, torch.arange(100), y.device) @ W
     assert common.accuracy(logits, y_test) == [100.0]
 
 
@@ -332,21 +339,23 @@ def test_fit_is_softmax_regression():
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(60, 4, generator=g), torch.randint(3, (60,), generator=g)
     args = argparse.Namespace(epochs=400, batch_size=60, momentum=0.9, seed=0)
-    batch = linear_eval.standardise(x)
-    rows = torch.arange(60)
-    W = linear_eval.fit(x, y, rows, batch, 3, [(5.0, 0.01), (5.0, 0.1)], args)
+    standardize, rows = linear_eval.standardizer(x), torch.arange(60)
+    W = linear_eval.fit_softmax_regression(x, y, rows, standardize, 3, [(5.0, 0.01), (5.0, 0.1)],
+                                           args)
+    xs = standardize(x, rows, CPU)
     for i, decay in enumerate((0.01, 0.1)):
         w = W[:, i].clone().requires_grad_()
-        loss = F.cross_entropy(batch(x, rows, "cpu") @ w, y) + decay / 2 * w[:-1].square().sum()
+        loss = F.cross_entropy(xs @ w, y) + decay / 2 * w[:-1].square().sum()
         loss.backward()
         assert w.grad.abs().max() < 1e-5 and w[:-1].abs().max() > 0.01
     # two steps by hand, at the rate and at half of it
     args.epochs, args.momentum = 2, 0.0
     w = torch.zeros(5, 3, requires_grad=True)
     for lr in (5.0, 2.5):
-        slope = torch.autograd.grad(F.cross_entropy(batch(x, rows, "cpu") @ w, y), w)[0]
+        slope = torch.autograd.grad(F.cross_entropy(xs @ w, y), w)[0]
         w = (w - lr * slope).detach().requires_grad_()
-    two = linear_eval.fit(x, y, rows, batch, 3, [(5.0, 0.0)], args)[:, 0]
+    two = linear_eval.fit_softmax_regression(x, y, rows, standardize, 3, [(5.0, 0.0)],
+                                             args)[:, 0]
     assert torch.allclose(two, w, atol=1e-6)
 
 
@@ -438,7 +447,7 @@ RATES = [  # recipe, step, rate of the linear layer
 def test_rates_of_the_recipes():
     parsed = {name: flags("--checkpoint", "none", "--recipe", name) for name in linear_eval.RECIPES}
     for name, step, value in RATES:
-        lr = linear_eval.rate(step, S, parsed[name].lr, parsed[name])
+        lr = linear_eval.learning_rate(step, S, parsed[name].lr, parsed[name])
         assert lr == pytest.approx(value), (name, step)
     of = {name: (a.epochs, a.batch_size, a.momentum, a.nesterov, a.weight_decay, a.init_std)
           for name, a in parsed.items()}
@@ -452,8 +461,8 @@ def test_rates_of_the_recipes():
     assert scaled.lr == pytest.approx(0.4)
     assert flags("--checkpoint", "none", "--recipe", "wcl", "--lr", "7").lr == 7
     for name in ("clinfonce-dual", "cifar", "moco", "wcl", "semi-1"):  # crop and flip only
-        spec = common.augmentation(parsed[name])
-        assert spec["jitter_p"] == spec["gray"] == spec["blur"] == 0 and spec["flip"] == 0.5
+        aug = common.augmentation(parsed[name])
+        assert aug["jitter_p"] == aug["gray"] == aug["blur"] == 0 and aug["flip"] == 0.5
     assert common.augmentation(parsed["clinfonce"])["jitter_p"] == 0.8
 
 
@@ -494,8 +503,8 @@ def check_two_steps(epochs, file):
     """The same by hand: torch's own SGD on features that are not normalised."""
     args = flags("--checkpoint", str(file), "--recipe", "cifar", "--epochs", "2", "--batch-size",
                  "48", "--fraction", "0.5", "--label", "coarse")
-    data = linear_eval.load(args, torch.device("cpu"))[0]
-    backbone = linear_eval.load_backbone("", linear_eval.read(str(file)))[0].eval()
+    data = linear_eval.load_labelled(args, CPU)[0]
+    backbone = linear_eval.load_backbone("", linear_eval.read_checkpoint(str(file)))[0].eval()
     torch.manual_seed(args.seed)
     fc = torch.nn.Linear(128, 6)
     optimizer = torch.optim.SGD(fc.parameters(), 5.0, 0.9)
@@ -511,9 +520,91 @@ def check_two_steps(epochs, file):
     assert [e["loss"] for e in epochs] == pytest.approx(
         [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2], rel=1e-4)
     with torch.no_grad():
-        right = fc(common.features(backbone, data, data.test)).argmax(1)
+        right = fc(common.extract_features(backbone, data, data.test)).argmax(1)
     top1 = (right == data.test.columns["coarse"]).double().mean().item()
     assert epochs[-1]["top1"] == pytest.approx(100 * top1)
+
+
+# ---------------------------------------------------------------------------------- micro-batches
+
+
+def network_of(norm):
+    """A small backbone; only with BatchNorm do the rows of a part meet."""
+    torch.manual_seed(7)
+    backbone = nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.BatchNorm2d(5) if norm else nn.Identity(),
+                             nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.width = 5
+    return backbone
+
+
+def train(mode, norm, rows):
+    """Weights and BatchNorm's statistics after two epochs of linear_eval.train_probe, 4 steps each,
+    with at most `rows` rows of a process at a time (0: all), in float64; and the losses."""
+    args = flags("--checkpoint", "none", "--recipe", "cifar" if mode == "linear" else "semi-10",
+                 "--epochs", "2", "--batch-size", "16", "--image-size", "8", "--lr", "0.5",
+                 "--lr-backbone", "0.3", *(["--micro-batch", str(rows)] if rows else []))
+    trained = []
+
+    def distribute(model, args):
+        trained.append(model.double())
+        for part in model:
+            part.register_forward_pre_hook(lambda _, x: (x[0].double(),))
+        return real(model, args)
+
+    real = common.distribute
+    with mock.patch.object(common, "distribute", distribute):
+        data = common.Data(*blob_tables(args), args, CPU)
+        results = linear_eval.train_probe(args, data, network_of(norm), 4, CPU)
+    losses = torch.tensor([epoch["loss"] for epoch in results["epochs"]], dtype=torch.float64)
+    return dict(trained[0].state_dict(), losses=losses)
+
+
+def case_probe(folder):
+    return {key: train(*key) for key in (
+        *((mode, norm, 0) for mode in ("finetune", "linear") for norm in (True, False)),
+        *(("finetune", True, rows) for rows in (8, 4, 2) if rows < 16 // common.world()),
+        ("linear", True, 2), ("finetune", False, 3))}
+
+
+CASES = dict(probe=case_probe)
+results = ranks.pool(__name__)
+
+
+@pytest.mark.parametrize("N", ranks.NS)
+def test_parts_of_a_batch_give_the_same_training(results, N):
+    """With BatchNorm k parts are k processes, without it parts and processes change nothing."""
+    one, of_N = results[1][0]["probe"], results[N][0]["probe"]
+    for key in ("linear", True, 0), ("linear", False, 0), ("finetune", False, 0):
+        close(of_N[key], one[key])
+    close(of_N["linear", True, 2], one["linear", True, 0])  # frozen, in evaluation mode
+    close(of_N["finetune", False, 3], one["finetune", False, 0])  # 3 does not divide 16, 8 or 4
+    close(of_N["finetune", True, 2], one["finetune", True, 2])
+    for rows in (8, 4):
+        whole = results[16 // rows][0]["probe"]["finetune", True, 0]  # one part a process
+        if rows < 16 // N:
+            close(of_N["finetune", True, rows], whole)
+            # other parts do change the training
+            weight = of_N["finetune", True, 0]["0.0.weight"]
+            assert not torch.allclose(weight, whole["0.0.weight"], atol=1e-5)
+    for key, state in of_N.items():  # all processes end with the same weights
+        for rank in range(N):
+            close(results[N][rank]["probe"][key]["0.0.weight"], state["0.0.weight"])
+
+
+def test_micro_batch_flag(tmp_path, capsys):
+    record = run(tmp_path, "--checkpoint", "none", "--recipe", "semi-10", "--fraction", "0.5",
+                 "--batch-size", "48", "--epochs", "1", "--micro-batch", "20")
+    assert record["args"]["micro_batch"] == 20 and len(record["results"]["epochs"]) == 1
+    semi = ["--checkpoint", "none", "--recipe", "semi-10", "--fraction", "0.5", "--batch-size",
+            "48", "--out", str(tmp_path / "x.json"), "--micro-batch"]
+    assert "--micro-batch must be above 0, got 0" in fails(capsys, *semi, "0")
+    assert "--micro-batch must be above 0, got -3" in fails(capsys, *semi, "-3")
+    assert "--micro-batch does not go with --sync-bn" in fails(capsys, *semi, "8", "--sync-bn")
+    assert "--micro-batch 47 leaves a part of one image of the 48" in fails(capsys, *semi, "47")
+    assert "--micro-batch 1 leaves a part of one image" in fails(capsys, *semi, "1")
+    assert "--micro-batch is not used by --mode fast" in fails(
+        capsys, "--checkpoint", "none", "--out", str(tmp_path / "x.json"), "--micro-batch", "8")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
 # ---------------------------------------------------------------------------------- picture
@@ -525,9 +616,10 @@ def test_picture(tmp_path):
     assert sheet.size == (8 + 9 * 108, 26 + 8 * 124)
     torch.manual_seed(0)
     args = flags("--checkpoint", "none", "--label", "coarse")
-    data = linear_eval.load(args, torch.device("cpu"))[0]
+    data = linear_eval.load_labelled(args, CPU)[0]
     backbone = common.resnet("resnet-tiny")
-    x, q = (F.normalize(common.features(backbone, data, t), dim=1) for t in (data.train, data.test))
+    x, q = (common.extract_features(backbone, data, t, normalize=True)
+            for t in (data.train, data.test))
     rows = torch.randperm(96, generator=common.generator(0, 0, "picture"))[:8]
     near = (q[rows] @ x.T).topk(8).indices
     same = data.train.columns["coarse"][near] == data.test.columns["coarse"][rows][:, None]

@@ -90,8 +90,8 @@ def test_bootstrap():
     """Percentiles of metrics over images drawn with replacement; a function of the seed."""
     inliers, outliers = normal(200) + 1, normal(150, seed=1)
     counts = ood_eval.histogram(inliers, outliers)
-    found = ood_eval.intervals(*counts, 500, 0)
-    assert found == ood_eval.intervals(*counts, 500, 0) != ood_eval.intervals(*counts, 500, 1)
+    found, again, other = (ood_eval.bootstrap_intervals(*counts, 500, seed) for seed in (0, 0, 1))
+    assert found == again != other
     g, drawn = torch.Generator().manual_seed(5), []
     for _ in range(500):  # the same by drawing scores
         rows = [s[torch.randint(len(s), (len(s),), generator=g)] for s in (inliers, outliers)]
@@ -217,11 +217,11 @@ def test_a_run_from_end_to_end(tmp_path, trained, capsys):
     assert "6 classes have no more training images than features (128)" in out
 
     args = ood_eval_flags("--checkpoint", trained, "--label", "coarse")
-    checkpoint = linear_eval.read(str(trained))
+    checkpoint = linear_eval.read_checkpoint(str(trained))
     backbone = linear_eval.load_backbone("x", checkpoint)[0]
-    data = ood_eval.load(args, torch.device("cpu"))
+    data = ood_eval.load_inliers(args, torch.device("cpu"))
     outliers = common.Table({}, {}, common.shapes(1024, seed=2, unseen=True)[0])
-    h = [common.features(backbone, data, t) for t in (data.train, data.test, outliers)]
+    h = [common.extract_features(backbone, data, t) for t in (data.train, data.test, outliers)]
     train, test, other = (F.normalize(x.double(), dim=1) for x in h)
     y = data.train.columns["coarse"]
     head = [checkpoint["state"]["model"][f"head.{p}"] for p in ("weight", "bias")]
@@ -281,9 +281,9 @@ def test_images_are_normalised_as_the_test_set_is(monkeypatch):
     """The outliers get the in-distribution mean and deviation, not those of their own set."""
     args = ood_eval_flags("--checkpoint", "none", "--mean", "0.1", "0.2", "0.3", "--std", "0.5",
                           "0.5", "0.5")
-    data = ood_eval.load(args, torch.device("cpu"))
+    data = ood_eval.load_inliers(args, torch.device("cpu"))
     other = common.Table({}, {}, torch.full((2, 3, 64, 64), 51, dtype=torch.uint8))
-    seen = common.features(torch.nn.Flatten(), data, other)
+    seen = common.extract_features(torch.nn.Flatten(), data, other)
     assert seen.shape == (2, 3 * 32 * 32)
     torch.testing.assert_close(seen[0].view(3, -1)[:, 0], torch.tensor([0.2, 0.0, -0.2]))
 
@@ -330,6 +330,7 @@ NONE = [*MACHINE, "--checkpoint", "none"]
     (["--k", "0"], ["--k must be above 0"]),
     (["--k", "241"], ["--k 241: there are 240 training images"]),
     (["--bootstrap", "-1"], ["--bootstrap"]),
+    (["--micro-batch", "8"], ["--micro-batch is not used by ood_eval.py, which trains nothing"]),
     (["--label", "kind"], ["'kind'", "label, coarse"]),
     (["--outliers", "cifar"], ["--outliers cifar: write unseen, another data set", "NAME=FILE"]),
     (["--outliers", "shapes"], ["--outliers shapes: write unseen, another data set (cifar10,"]),

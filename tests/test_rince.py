@@ -1,11 +1,13 @@
-"""rince.py: its functions, the number of ranks, which changes nothing, whole runs, bad input."""
+"""rince.py: its functions, processes and micro-batches (which change nothing), runs, bad input."""
 import contextlib
+import copy
 import functools
 import io
 import itertools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -39,7 +41,7 @@ def inputs(n=6, M=11, D=5, r=3, seed=0):
 
 
 def naive(a, p, keys, R, taus, form, cumulative, min_prob):
-    """E1 to E5 term by term, with Python's numbers."""
+    """E1 to E6 term by term, with Python's numbers."""
     sums, counts = [0.0] * len(taus), [0] * len(taus)
     everything = [torch.cat([p[n:n + 1], keys]) for n in range(len(a))]
     for n, (i, tau) in itertools.product(range(len(a)), enumerate(taus, 1)):
@@ -55,7 +57,7 @@ def naive(a, p, keys, R, taus, form, cumulative, min_prob):
         kept = [pi for pi in pis if pi > min_prob]
         sums[i - 1] -= sum(map(math.log, kept))
         counts[i - 1] += len(kept)
-    return sums, counts
+    return sum(s / max(n, 1) for s, n in zip(sums, counts)) / len(taus)
 
 
 @pytest.mark.parametrize("cumulative", [False, True])
@@ -63,28 +65,19 @@ def naive(a, p, keys, R, taus, form, cumulative, min_prob):
 def test_loss_term_by_term(form, cumulative):
     a, p, keys, R = inputs()
     for taus, min_prob in (([0.1, 0.225, 0.35], 1e-7), ([0.1, 0.2, 0.3], 1e-2), ([0.5, 0.5], 0)):
-        sums, counts = rince.rince(a, p, keys, R, taus, form, cumulative, min_prob)
+        loss = rince.rince(a, p, keys, R, taus, form, cumulative, min_prob)
         expected = naive(a, p, keys, R, taus, form, cumulative, min_prob)
-        assert counts.tolist() == expected[1] and counts.dtype == torch.int64
-        assert sums.tolist() == pytest.approx(expected[0], rel=1e-12)
-        # of any split of the anchors: sums and counts add up
-        parts = [rince.rince(a[s], p[s], keys, R[s], taus, form, cumulative, min_prob)
-                 for s in (slice(0, 2), slice(2, None))]
-        close(sum(x for x, _ in parts), sums)
-        assert torch.equal(sum(c for _, c in parts), counts)
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_loss_by_hand():
     """Two keys, a = p: rank 1 against e^0 + e^1, then rank 2 against one negative."""
     a = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     keys = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
-    sums, counts = rince.rince(a, a, keys, torch.tensor([[1, 0, 2]]), [1.0, 0.5], "out")
-    assert counts.tolist() == [1, 1]
-    assert sums.tolist() == pytest.approx([math.log(2 * math.e + 1) - 1,
-                                           math.log(math.exp(2) + 1) - 2], rel=1e-14)
-    assert rince.mean_of_ranks(sums, counts).item() == pytest.approx(sums.mean().item())
-    # a rank without entries counts 0, and counts
-    assert rince.mean_of_ranks(torch.tensor([3.0, 0.0]), torch.tensor([2, 0])).item() == 0.75
+    terms, R = [math.log(2 * math.e + 1) - 1, math.log(math.exp(2) + 1) - 2], [[1, 0, 2]]
+    for taus in ([1.0], [1.0, 0.5], [1.0, 0.5, 0.5]):  # rank 3 has no entry: 0 of three terms
+        loss = rince.rince(a, a, keys, torch.tensor(R), taus, "out")
+        assert loss.item() == pytest.approx(sum(terms[:len(taus)]) / len(taus), rel=1e-14)
 
 
 @pytest.mark.parametrize("form", ["out", "in", "out-in"])
@@ -95,37 +88,42 @@ def test_gradients(form):
     R[3] = -1  # in no term
 
     def loss(a):
-        return rince.mean_of_ranks(*rince.rince(a, p, keys, R, [0.3, 0.4, 0.5], form))
+        return rince.rince(a, p, keys, R, [0.3, 0.4, 0.5], form)
 
     x = a.clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, x)
     loss(x).backward()
     assert x.grad[[2, 3]].abs().max() == 0 and x.grad[[0, 1, 4, 5]].abs().min() > 1e-12
     x = a.float().requires_grad_()  # float32, and temperatures at which exp overflows
-    sums, counts = rince.rince(x, p.float(), keys.float(), R, [0.001, 0.001, 0.001], form,
-                               min_prob=0)
-    rince.mean_of_ranks(sums, counts).backward()
-    assert sums.isfinite().all() and x.grad.isfinite().all() and x.grad[0].abs().max() > 1
+    hard = rince.rince(x, p.float(), keys.float(), R, [0.001, 0.001, 0.001], form, min_prob=0)
+    hard.backward()
+    assert hard.isfinite() and x.grad.isfinite().all() and x.grad[0].abs().max() > 1
 
 
-def test_loss_bad_arguments():
+@pytest.mark.parametrize("form", ["out", "in", "out-in"])
+def test_a_nan_is_no_small_probability(form):
+    """An entry that is not a number makes the loss NaN, which stops a training."""
+    for i in range(3):
+        x = [t.clone() for t in inputs()]
+        x[i][0, 0] = math.nan
+        assert rince.rince(*x, [0.3, 0.4, 0.5], form).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_upcast(dtype):
     a, p, keys, R = inputs()
-    good = dict(a=a, p=p, keys=keys, R=R, taus=[0.1, 0.2])
-    rince.rince(**good)
-    for change in (dict(p=p[:3]), dict(keys=keys[:, :2]), dict(R=R[:, 1:]), dict(taus=[]),
-                   dict(taus=[0.1, 0.0]), dict(form="in-out"), dict(min_prob=1.0),
-                   dict(min_prob=-0.1)):
-        with pytest.raises(ValueError):
-            rince.rince(**{**good, **change})
+    half = [x.to(dtype) for x in (a, p, keys)]
+    loss = rince.rince(*half, R, [0.1, 0.2, 0.3])
+    assert loss.dtype == torch.float32
+    assert loss == rince.rince(*(x.float() for x in half), R, [0.1, 0.2, 0.3])
+    # what was rounded is a hundred times coarser than what is left of the upcast
+    assert loss.item() != pytest.approx(rince.rince(a, p, keys, R, [0.1, 0.2, 0.3]).item(), 1e-6)
 
 
 def test_temperatures():
     assert rince.temperatures(4, 0.1, 0.6) == pytest.approx([0.1, 0.225, 0.35, 0.475])
     assert rince.temperatures(7, 0.1, 0.6)[4:] == pytest.approx([0.6] * 3)  # similarity 0
     assert rince.temperatures(3, 0.2, 0.2) == [0.2] * 3
-    for bad in ((0, 0.1, 0.6), (2, 0.0, 0.6), (2, 0.6, 0.1), (2, math.nan, 0.6)):
-        with pytest.raises(ValueError):
-            rince.temperatures(*bad)
 
 
 # ------------------------------------------------------------------ ranks
@@ -136,14 +134,14 @@ TABLE = torch.tensor([[1, 2, 0], [2, 1, 0], [0, 3, 1]])  # not symmetric
 
 def test_rank_of():
     y, y_keys = torch.tensor([0, 2, 1]), torch.tensor([1, -1, 2, 0])
-    assert rince.rank_of(y, y_keys, TABLE).tolist() == [
+    table = TABLE.clone()
+    assert rince.rank_of(y, table, y_keys).tolist() == [
         [1, 2, 0, 0, 1], [1, 3, 0, 1, 0], [1, 1, 0, 0, 2]]
-    own = rince.rank_of(y[1:], torch.tensor([0, 2, 1]), TABLE, first=1)  # rows 1 and 2 of three
-    assert own.tolist() == [[1, 0, -1, 3], [1, 2, 0, -1]]
-    for bad in ((torch.tensor([3]), y_keys, "class 3"), (torch.tensor([-1]), y_keys, "class -1"),
-                (y, torch.tensor([0, 7]), "class 7"), (y, torch.tensor([-2]), "class -2")):
-        with pytest.raises(ValueError, match=bad[2]):
-            rince.rank_of(*bad[:2], TABLE)
+    # the keys of the batch: an image is not its own candidate, another of its class is
+    y = torch.tensor([0, 2, 1, 2])
+    assert rince.rank_of(y, table).tolist() == [
+        [1, -1, 0, 2, 0], [1, 0, -1, 3, 1], [1, 2, 0, -1, 0], [1, 0, 1, 3, -1]]
+    assert torch.equal(table, TABLE)
 
 
 def test_one_positive_a_rank():
@@ -203,27 +201,29 @@ def test_similarity_files(tmp_path):
         assert torch.equal(found, expected)
 
 
-# ------------------------------------------------------------------ the number of ranks
+# ------------------------------------------------------------------ the number of processes
 
 
 def flags(*more):
     """The parsed flags of rince.py, which is not run."""
-    found = []
+    parsed = []
     with mock.patch.object(common, "run", lambda train, parser, argv:
-                           found.append(parser.parse_args(argv))):
+                           parsed.append(parser.parse_args(argv))):
         rince.main(["--device", "cpu", "--threads", "1", "--workers", "0", "--batch-size", str(B),
                     "--image-size", "8", "--out", "unused", *more])
-    return found[0]
+    return parsed[0]
 
 
 class Net(nn.Module):
-    """Stands in for rince.RINCE: the same interface, no BatchNorm, float64."""
+    """Stands in for rince.RINCE: the same interface, float64."""
+
+    norm = nn.Identity
 
     def __init__(self, args, classes):
         super().__init__()
         self.unit = args.loss != "ce"
         self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * args.image_size ** 2, 16),
-                                      nn.Tanh())
+                                      self.norm(16), nn.Tanh())
         self.head = nn.Linear(16, args.dim if self.unit else classes)
         self.double()
         self.backbone.register_forward_pre_hook(lambda _, x: (x[0].double(),))
@@ -231,6 +231,10 @@ class Net(nn.Module):
     def forward(self, x):
         z = self.head(self.backbone(x))
         return F.normalize(z, dim=1) if self.unit else z
+
+
+class NormNet(Net):
+    norm = nn.BatchNorm1d
 
 
 TRAININGS = {
@@ -245,8 +249,11 @@ TRAININGS = {
 }
 
 
-def train(folder, more, total=common.total):
-    """A whole short run of rince.train: weights, key encoder and queue of this rank at its end."""
+def train(folder, more, net=Net, patch=None):
+    """A whole short run of rince.train: weights, key encoder and queue of this process at its end.
+
+    patch: a further mock.patch that holds during the run.
+    """
     made = {}
 
     def keep(name, kind):
@@ -256,17 +263,17 @@ def train(folder, more, total=common.total):
         return make
 
     def twin(model):
-        made["key"] = real(model)
+        made["key"] = copy.deepcopy(model)
         return made["key"]
 
     args = flags("--out", folder, "--epochs", "2", "--dim", "6", "--knn-every", "9", "--lr", "0.1",
                  "--queue", "32", "--log-every", "1", *more)
-    real, queue = rince.copy.deepcopy, common.Queue
-    with mock.patch.object(rince, "RINCE", keep("model", Net)), \
-            mock.patch.object(rince.copy, "deepcopy", twin), \
+    queue = common.Queue
+    with patch or contextlib.nullcontext(), \
+            mock.patch.object(rince, "RINCE", keep("model", net)), \
+            mock.patch.object(rince, "copy", SimpleNamespace(deepcopy=twin)), \
             mock.patch.object(common, "Queue", keep("queue", lambda Q: queue(Q.double()))), \
             mock.patch.dict(common.SOURCES, shapes=blob_tables), \
-            mock.patch.object(common, "total", total), \
             mock.patch.object(common, "knn_accuracy", lambda *_: None), \
             mock.patch.object(common, "curves", lambda *_: None), \
             mock.patch.object(common, "views_picture", lambda *_: None), \
@@ -286,55 +293,86 @@ def case_train(folder):
             for name, more in TRAININGS.items()}
 
 
-def case_local_counts(folder):
-    """The authors' multi-GPU rule, a mean over each rank's own pairs: another training."""
-    def total(x):  # finite's message is summed as ever, the counts of E5 are not
-        return common_total(x) if x.is_floating_point() else x
+def case_local_mean(folder):
+    """The authors' multi-GPU rule, a mean over each process's own pairs: another training."""
+    whole = rince.rince
 
-    common_total = common.total
-    return train(f"{folder}/local-{common.world()}", TRAININGS["out"], total)
+    def local(a, p, keys, R, *options):
+        own = own_rows(len(a))
+        return whole(a[own], p[own], keys, R[own], *options)
+
+    return train(f"{folder}/local-{common.world()}", TRAININGS["out"],
+                 patch=mock.patch.object(rince, "rince", local))
+
+
+MICRO = {"queue": ["--queue", "24"], "in-batch": TRAININGS["in-batch"],
+         "uni": TRAININGS["uni-in-batch"], "ce": TRAININGS["ce"]}
+
+
+def case_micro(folder):
+    """Trainings with --micro-batch m: (variant, BatchNorm or not, m) -> their ends; 0 = without."""
+    sizes = {1: dict(norm=(8, 4), plain=(0, 4, 5)), 2: dict(norm=(0, 4), plain=(3,)),
+             4: dict(norm=(0,), plain=(3,))}[common.world()]
+    ends = {}
+    for (name, more), kind in itertools.product(MICRO.items(), sizes):
+        for m in sizes[kind]:
+            ends[name, kind, m] = train(
+                f"{folder}/micro-{common.world()}-{name}-{kind}-{m}",
+                [*more, *(["--micro-batch", str(m)] if m else [])],
+                NormNet if kind == "norm" else Net)
+    return ends
+
+
+def case_cut(folder):
+    """Micro-batches of which only the first has a gradient: another training."""
+    whole = torch.utils.checkpoint.checkpoint
+    calls = itertools.count()
+
+    def first_only(*args, **options):
+        out = whole(*args, **options)
+        return out.detach() if next(calls) % (B // common.world() // 4 or 1) else out
+
+    return train(f"{folder}/cut-{common.world()}", [*MICRO["queue"], "--micro-batch", "4"],
+                 patch=mock.patch.object(torch.utils.checkpoint, "checkpoint", first_only))
 
 
 def case_step(folder):
-    """Gradient of one step in which one rank has many more pairs than the others."""
+    """Gradient of one step in which one process has many more pairs than the others."""
     torch.manual_seed(0)
     model = Net(flags("--image-size", "2", "--dim", "6"), 0)
-    network = common.ddp(model, flags())
+    network = common.distribute(model, flags())
     y = torch.tensor([0] * 5 + [1, 2, 3] * 3 + [2, 1])
     own = own_rows(B)
     keys, y_keys = F.normalize(normal(30, 6, seed=3), dim=1), torch.tensor([0, 0, 0, 1, -1, 2] * 5)
     p = F.normalize(normal(B, 6, seed=4), dim=1)
     table = torch.tensor([[1, 2, 0, 0], [2, 1, 0, 0], [0, 0, 1, 2], [0, 0, 2, 1]])
-    found = {}
+    steps = {}
     for form in ("out", "in", "out-in"):
         network.zero_grad()
         a = network(normal(B, 3, 2, 2, seed=2)[own])
-        sums, counts = rince.rince(a, p[own], keys, rince.rank_of(y[own], y_keys, table),
-                                   [0.1, 0.3], form)
-        own_counts = counts.clone()
-        loss = common.world() * rince.mean_of_ranks(sums, common.total(counts))
-        mean = common.finite(loss, 0)
+        R = rince.rank_of(y, table, y_keys)
+        loss = rince.rince(common.gather(a), p, keys, R, [0.1, 0.3], form)
         loss.backward()
-        found[form] = dict(loss=mean, counts=counts, own=own_counts,
+        steps[form] = dict(loss=common.check_loss(loss, 0)["loss"], pairs=(R[own] == 1).sum(),
                            grad={n: g.grad.clone() for n, g in model.named_parameters()})
-    return found
+    return steps
 
 
-CASES = dict(train=case_train, local=case_local_counts, step=case_step)
+CASES = dict(train=case_train, local=case_local_mean, step=case_step, micro=case_micro,
+             cut=case_cut)
 results = ranks.pool(__name__)
 
 
 @many
 def test_a_step_is_that_of_one_process(results, N):
     for form, one in results[1][0]["step"].items():
-        own = torch.stack([r["step"][form]["own"] for r in results[N]])  # (N, r)
-        assert form == "in" or own[0, 0] > 1.5 * own[-1, 0]  # the micro-average has work to do
+        pairs = [r["step"][form]["pairs"] for r in results[N]]
+        assert pairs[0] > 1.5 * pairs[-1]  # a mean of the processes' means would be another
         for r in results[N]:
-            found = r["step"][form]
-            assert found["loss"] == pytest.approx(one["loss"], abs=1e-12)
-            assert torch.equal(found["counts"], one["counts"])
+            step = r["step"][form]
+            assert step["loss"] == pytest.approx(one["loss"], abs=1e-12)
             for name, grad in one["grad"].items():
-                close(found["grad"][name], grad)
+                close(step["grad"][name], grad)
     assert one["grad"]["head.weight"].abs().max() > 1e-3
 
 
@@ -344,12 +382,12 @@ def test_training_is_that_of_one_process(results, N, name):
     one = results[1][0]["train"][name]
     assert len(one["losses"]) == 8 and len(set(one["losses"])) == 8
     for r in results[N]:
-        found = r["train"][name]
+        trained = r["train"][name]
         parts = ("model",) if name == "ce" else ("model", "key", "queue")
         for part in parts:
-            assert found[part].keys() == one[part].keys()
+            assert trained[part].keys() == one[part].keys()
             for key, value in one[part].items():
-                close(found[part][key], value)
+                close(trained[part][key], value)
     assert results[N][0]["train"][name]["losses"] == pytest.approx(one["losses"], abs=1e-10)
     for part in parts[1:]:  # tables and key encoder are replicas, to the last bit
         for key, value in results[N][0]["train"][name][part].items():
@@ -361,23 +399,61 @@ def test_trainings_move_what_they_should(results):
     one = results[1][0]["train"]
     for a, b in itertools.combinations(one, 2):
         assert one[a]["losses"] != one[b]["losses"]
-    for name, found in one.items():
+    for name, trained in one.items():
         if name == "ce":
             continue
-        assert (found["key"]["head.weight"] - found["model"]["head.weight"]).abs().max() > 1e-4
-        keys, labels = found["queue"]["keys"], found["queue"]["labels"]
+        assert (trained["key"]["head.weight"] - trained["model"]["head.weight"]).abs().max() > 1e-4
+        keys, labels = trained["queue"]["keys"], trained["queue"]["labels"]
         assert len(labels) == flags("--queue", "32", *TRAININGS[name]).queue
         close(keys.norm(dim=1), torch.ones_like(keys[:, 0]))  # no initial vector is left
         assert (labels >= 0).all()
 
 
 @many
-def test_local_counts_are_another_mean(results, N):
-    """Negative control: with each rank's own number of pairs, weights and losses differ."""
-    one, found = results[1][0]["local"], results[N][0]["local"]
+def test_local_means_are_another_mean(results, N):
+    """Negative control: with each process's own number of pairs, weights and losses differ."""
+    one, local = results[1][0]["local"], results[N][0]["local"]
     assert one["losses"] == results[1][0]["train"]["out"]["losses"]
-    assert abs(one["losses"][3] - found["losses"][3]) > 1e-4
-    assert (one["model"]["head.weight"] - found["model"]["head.weight"]).abs().max() > 1e-6
+    assert abs(one["losses"][3] - local["losses"][3]) > 1e-4
+    assert (one["model"]["head.weight"] - local["model"]["head.weight"]).abs().max() > 1e-6
+
+
+def same_end(ours, theirs):
+    """Losses, parameters, running statistics and queue of two trainings are equal."""
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-10)
+    for part in ("model", "key", "queue"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, value in theirs[part].items():
+            close(ours[part][name], value)
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_micro_batches_are_processes(results, name):
+    """BatchNorm: m rows at a time on one process equal B / m processes, the key's shuffle too."""
+    ends = {(N, m): results[N][0]["micro"][name, "norm", m]
+            for N, m in ((1, 8), (1, 4), (2, 0), (2, 4), (4, 0))}
+    for micro, processes in (((1, 8), (2, 0)), ((1, 4), (4, 0)), ((2, 4), (4, 0))):
+        same_end(ends[micro], ends[processes])
+    # negative control: another part size is another training, and the statistics have moved
+    weights = [ends[N, 0]["model"]["head.weight"] for N in (2, 4)]
+    assert (weights[0] - weights[1]).abs().max() > 1e-5
+    assert ends[1, 4]["model"]["backbone.2.num_batches_tracked"] == 8
+    assert ends[1, 4]["model"]["backbone.2.running_mean"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_micro_batches_change_nothing_without_batchnorm(results, name):
+    """Also where the last part is smaller: 5 of 16, 3 of 8 and 3 of 4 images."""
+    whole = results[1][0]["micro"][name, "plain", 0]
+    for N, m in ((1, 4), (1, 5), (2, 3), (4, 3)):
+        same_end(results[N][0]["micro"][name, "plain", m], whole)
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_micro_batches_that_lose_a_gradient_are_noticed(results, N):
+    """Negative control of the test above."""
+    cut, whole = results[N][0]["cut"], results[1][0]["micro"]["queue", "plain", 0]
+    assert (cut["model"]["head.weight"] - whole["model"]["head.weight"]).abs().max() > 1e-5
 
 
 def plain_training(more, uni=None):
@@ -686,10 +762,10 @@ def test_resuming_with_another_queue_or_other_classes(refused, run, tmp_path):
 
 def test_a_loss_that_is_not_finite(refused, run, tmp_path, monkeypatch):
     """The run stops before the keys are enqueued, and keeps the last good checkpoint."""
-    real = rince.mean_of_ranks
+    real = rince.rince
     before = run("run", [*TINY, "--epochs", "2"], stop=3)
     calls, enqueued = [], []
-    monkeypatch.setattr(rince, "mean_of_ranks", lambda s, c: real(s, c) * (
+    monkeypatch.setattr(rince, "rince", lambda *x: real(*x) * (
         calls.append(1) or (math.nan if len(calls) > 2 else 1)))
     monkeypatch.setattr(common.Queue, "enqueue", lambda *_: enqueued.append(1))
     refused([*TINY, "--epochs", "2"], "the loss is nan at step 6", status=1)

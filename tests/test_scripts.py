@@ -142,6 +142,7 @@ def run(run_main):
 
 VARIANTS = {
     "instance": ["--clusters", "instance"],
+    "micro-batch": ["--clusters", "instance", "--micro-batch", "6"],
     "label": ["--clusters", "label", "--schedule", "warmup33", "--channels-last"],
     "column": ["--clusters", "colour", "--schedule", "exp", "--optimizer", "adamw", "--lr", "0.01"],
     "attributes": ["--clusters", "attributes:2", "--attributes", "colour", "size", "background",
@@ -154,7 +155,8 @@ VARIANTS = {
              "lars"],
 }
 
-COLUMNS = {"instance": ["object"], "label": ["label"], "column": ["colour"], "ce": ["coarse"],
+COLUMNS = {"instance": ["object"], "micro-batch": ["object"], "label": ["label"],
+           "column": ["colour"], "ce": ["coarse"],
            "attributes": ["colour", "background"]}  # of 6, 4 and 2 values
 
 
@@ -176,7 +178,6 @@ def test_variants_stop_and_go_on_exactly(run, name, tmp_path, capsys):
 
     # what the flags say is in the checkpoint
     state, ids = whole["state"], whole["state"]["clusters"]["ids"]
-    assert bool(state["clusters"]["found"]) == (name not in COLUMNS)
     if name in COLUMNS:
         data = common.load(SimpleNamespace(**whole["args"]), torch.device("cpu"))
         groups = list(zip(*(data.train.columns[c].tolist() for c in COLUMNS[name]), strict=True))
@@ -205,7 +206,7 @@ def test_second_head_stands_still_in_the_warm_up(run, monkeypatch):
     after = run("warm", argv)
     torch.manual_seed(0)
     first = clinfonce.ClInfoNCE(SimpleNamespace(**after["args"]), 0).state_dict()
-    assert warm["step"] == 4 and not warm["state"]["clusters"]["found"]
+    assert warm["step"] == 4 and warm["state"]["clusters"]["ids"].tolist() == [*range(64)]
     weights = [k for k in first if k.endswith(("weight", "bias")) and "bn" not in k]
     for key in weights:
         moved = [not torch.equal(first[key], c["state"]["model"][key]) for c in (warm, after)]
@@ -245,11 +246,12 @@ def test_a_finished_run_and_changed_flags(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"this run was finished before; to train anew: remove {tmp_path}/run, or --out" in out
     with pytest.raises(SystemExit) as error:
-        run("run", [*argv, "--lr", "0.4", "--tau", "0.3"])
+        run("run", [*argv, "--lr", "0.4", "--tau", "0.3", "--micro-batch", "8"])
     assert error.value.code == 2
     assert capsys.readouterr().err == (
         f"clinfonce.py: error: {tmp_path}/run holds a run with other flags (--lr 0.5 -> 0.4, "
-        "--tau 0.2 -> 0.3); use another --out, or the same flags to go on\n")
+        "--micro-batch None -> 8, --tau 0.2 -> 0.3); use another --out, or the same flags to go "
+        "on\n")
     assert differences(whole, checkpoint(tmp_path / "run")) == []
 
 

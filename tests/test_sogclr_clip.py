@@ -49,7 +49,7 @@ class Toy(nn.Module):
 
     def forward(self, images, tokens):
         out = self.image(images).tanh(), self.text(tokens)
-        return [F.normalize(y, dim=1) if self.unit else y for y in out]
+        return tuple(F.normalize(y, dim=1) if self.unit else y for y in out)
 
 
 VARIANTS = {name: ["--loss", name] for name in sogclr_clip.LOSSES} | {
@@ -62,28 +62,47 @@ VARIANTS = {name: ["--loss", name] for name in sogclr_clip.LOSSES} | {
 }
 
 
-def steps(name):
-    """Losses, gradients and state of three steps in two epochs, as `train` makes them."""
-    args = flags(*VARIANTS[name])
-    model = Toy(args.loss != "vicreg")
-    network = common.ddp(model, args)
-    objective = sogclr_clip.Objective(args, SimpleNamespace(N_I=N_I, N_T=N_T, crc=0), D).double()
+def sizes(N_I=N_I, N_T=N_T):
+    """Stands in for the pairs of a data set."""
+    return SimpleNamespace(N_I=N_I, N_T=N_T, crc=0)
+
+
+def distinct(n):
+    """negative (n, n) of a batch without repeats."""
+    return ~torch.eye(n, dtype=torch.bool)
+
+
+def steps(name, micro_batch=None, network=None, lr=0.0, count=3):
+    """Losses, gradients and state of steps in two epochs, as `train` makes them.
+
+    network: None for `Toy`, else a network of images (B, 3, 32, 32) and tokens. lr: of SGD, after
+    each step.
+    """
+    args = flags(*VARIANTS[name], *(["--micro-batch", str(micro_batch)] if micro_batch else []))
+    model = network or Toy(args.loss != "vicreg")
+    shape = (5,) if network is None else (3, 32, 32)
+    network = common.distribute(model, args)
+    objective = sogclr_clip.Objective(args, sizes(), D).double()
+    both = [*model.named_parameters(), *objective.named_parameters()]
+    both = [(n, x) for n, x in both if x.requires_grad]
     own, found = own_rows(B), []
-    for step in range(3):
-        p, q = P[step][own], Q[step][own]
-        x, t = network(normal(B, 5, seed=10 + step)[own], normal(B, 4, seed=20 + step)[own])
-        same = sogclr_clip.repeats(p, q % 7) if args.mask_repeats else None
-        loss, stats = objective(x, t, p, q, torch.arange(B)[own], step, step // 2, same)
-        network.zero_grad(set_to_none=True)
-        objective.zero_grad(set_to_none=True)
-        value = common.finite(loss, step)
-        objective.update()
+    for step in range(count):
+        p, q = P[step], Q[step]
+        x, t = network(normal(B, *shape, seed=10 + step)[own], normal(B, 4, seed=20 + step)[own])
+        x, t = common.gather(x), common.gather(t)
+        same = sogclr_clip.duplicate_mask(p, q % 7) if args.mask_repeats else ~distinct(B)
+        loss, stats = objective(x, t, p, q, ~same, step, step // 2)
+        for _, parameter in both:
+            parameter.grad = None
         loss.backward()
-        objective.average_gradients()
-        both = [*model.named_parameters(), *objective.named_parameters()]
-        state = {k: v.clone() for k, v in objective.state_dict().items() if torch.is_tensor(v)}
-        found.append(dict(loss=value, stats=common.means(stats), state=state,
-                          grad={n: x.grad.clone() for n, x in both}))
+        values = common.check_loss(loss, step, stats, dict(image=x, text=t))
+        with torch.no_grad():
+            for _, parameter in both:
+                parameter -= lr * parameter.grad
+        objective.update()
+        state = dict(model.state_dict() if lr else {}, **objective.state_dict())
+        found.append(dict(stats=values, grad={n: x.grad.clone() for n, x in both},
+                          state={k: v.clone() for k, v in state.items() if torch.is_tensor(v)}))
     return found
 
 
@@ -92,17 +111,67 @@ def case_losses(folder):
 
 
 def case_dropped(folder):
-    """A gather that keeps the own rows' gradient only: the test must see it."""
-    def dropping(x, dim=0):
+    """A gather that gives the own rows' gradient, but no factor W, to DDP: the test must see it."""
+    def dropping(x):
         parts = [torch.empty_like(x) for _ in range(common.world())]
         torch.distributed.all_gather(parts, x.detach().contiguous())
         parts[common.rank()] = x
-        return torch.cat(parts, dim)
+        return torch.cat(parts)
 
     if common.world() == 1:
         return None
     with mock.patch.object(common, "gather", dropping):
         return steps("sogclr")
+
+
+class SmallTowers(nn.Module):
+    """Both towers on small images and vectors in float64, the image tower with BatchNorm or not."""
+
+    def __init__(self, norm, unit):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = common.resnet("resnet-tiny")
+        if not norm:
+            for module in list(self.image.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.BatchNorm2d):
+                        setattr(module, name, nn.Identity())
+        self.head, self.text, self.unit = nn.Linear(self.image.width, D), nn.Linear(4, D), unit
+        self.double()
+
+    def forward(self, images, tokens):
+        out = self.head(self.image(images)), self.text(tokens)
+        return tuple(F.normalize(y, dim=1) if self.unit else y for y in out)
+
+
+PARTED = ["clip", "sogclr", "isogclr", "isogclr-tempnet", "hybrid", "vicreg"]
+
+
+def case_micro_batches(folder):
+    """Three steps of training in parts of each size, with BatchNorm and without."""
+    def last(name, norm, m):
+        rows = B // common.world()
+        if m and m > rows:
+            return None
+        return steps(name, m, SmallTowers(norm, name != "vicreg"), lr=0.01)[-1]["state"]
+
+    return {name: {(norm, m): last(name, norm, m) for norm in (True, False)
+                   for m in ((None, 2, 4) if norm else (None, 3))} for name in PARTED}
+
+
+def case_micro_batches_wrong(folder):
+    """Parts whose gradient gets lost from the second part on: the test must see it."""
+    if common.world() > 1:
+        return None
+    real, calls = torch.utils.checkpoint.checkpoint, []
+
+    def losing(*args, **options):
+        out = real(*args, **options)
+        calls.append(out)
+        return out if len(calls) % 4 == 1 else tuple(y.detach() for y in out)
+
+    with mock.patch.object(torch.utils.checkpoint, "checkpoint", losing):
+        return steps("sogclr", 2, SmallTowers(True, True), lr=0.01)[-1]["state"]
 
 
 CASES = {name.removeprefix("case_"): case for name, case in list(globals().items())
@@ -112,23 +181,27 @@ results = ranks.pool(__name__)
 
 @many
 @pytest.mark.parametrize("name", VARIANTS)
-def test_number_of_ranks_changes_nothing(results, N, name):
-    """Loss, statistics, gradients of towers, temperatures and networks, every table; on all ranks.
+def test_number_of_processes_changes_nothing(results, N, name):
+    """Loss, statistics, gradients of towers, temperatures and networks, every table; everywhere.
     """
     one = results[1][0]["losses"][name]
-    for rank in results[N]:
-        for a, b in zip(one, rank["losses"][name], strict=True):
-            assert abs(a["loss"] - b["loss"]) < 1e-10
+    for process in results[N]:
+        for a, b in zip(one, process["losses"][name], strict=True):
             assert a["stats"] == pytest.approx(b["stats"], rel=1e-10, abs=1e-10)
-            for part in ("grad", "state"):
-                assert a[part].keys() == b[part].keys()
-                for key in a[part]:
-                    close(a[part][key], b[part][key])
+            same_tensors(a["grad"], b["grad"])
+            same_tensors(a["state"], b["state"])
+
+
+def same_tensors(a, b):
+    """Dicts of tensors, within 1e-10."""
+    assert a.keys() == b.keys()
+    for key in a:
+        close(a[key], b[key])
 
 
 @many
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tables_are_equal_on_all_ranks(results, N, name):
+def test_tables_are_equal_in_all_processes(results, N, name):
     first, *others = ([step["state"] for step in rank["losses"][name]] for rank in results[N])
     for other in others:
         for a, b in zip(first, other, strict=True):
@@ -141,35 +214,57 @@ def test_the_test_sees_a_gather_that_drops_gradients(results, N):
     assert (one["grad"]["image.weight"] - dropped["grad"]["image.weight"]).abs().max() > 1e-4
 
 
+# ------------------------------------------------------------------ micro-batches
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_micro_batches_are_processes(results, name):
+    """With BatchNorm, parts of m images in any number of processes equal B / m processes: towers,
+    running statistics, and state of the loss after three steps."""
+    for whole, m, Ns in ((4, 2, (1, 2)), (2, 4, (1,))):
+        processes = results[whole][0]["micro_batches"][name][True, None]
+        assert any(k.endswith("running_mean") for k in processes)
+        for N in Ns:
+            for process in results[N]:
+                parts = process["micro_batches"][name][True, m]
+                counts = [k for k in parts if k.endswith("num_batches_tracked")]
+                assert counts and all(parts[k] == 3 for k in counts)
+                if process is results[N][0]:  # the others' statistics are not kept
+                    same_tensors(processes, parts)
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_micro_batches_change_nothing_without_batchnorm(results, name):
+    """Parts of 3 images, which do not divide the 8 or 4 of a process."""
+    one = results[1][0]["micro_batches"][name][False, None]
+    for N in (1, 2):
+        for process in results[N]:
+            same_tensors(one, process["micro_batches"][name][False, 3])
+
+
+def test_the_tests_see_wrong_micro_batches(results):
+    """A wrong size of the parts, or a part whose gradient is lost."""
+    right = results[4][0]["micro_batches"]["sogclr"][True, None]
+    for wrong in (results[1][0]["micro_batches"]["sogclr"][True, 4],
+                  results[1][0]["micro_batches_wrong"]):
+        assert (right["head.weight"] - wrong["head.weight"]).abs().max() > 1e-4
+
+
 # ------------------------------------------------------------------ state
 
 
-def table(N=5, **initial):
-    return sogclr_clip.Table(N, **(initial or dict(log_u=-math.inf))).double()
-
-
-@pytest.mark.parametrize("bad", [-1, 5, 10 ** 9])
-def test_an_id_out_of_range_is_an_error(bad):
-    t = table()
-    with pytest.raises(IndexError, match=rf"id {bad} is not in \[0, 5\)"):
-        t[torch.tensor([0, bad])]
-    assert (t.log_u == -math.inf).all()
-
-
 def test_the_last_row_of_an_id_counts():
-    t = table(log_u=-math.inf, b=0)
+    t = sogclr_clip.Table(5, log_u=-math.inf, b=0).double()
     t.write(torch.tensor([3, 1, 3, 0]), dict(log_u=torch.tensor([1.0, 2.0, 3.0, 4.0]).double()))
     assert t.log_u.tolist() == [4.0, 2.0, -math.inf, 3.0, -math.inf] and not t.b.any()
 
 
-def run_steps(args, batches, objective=None):
+def run_steps(args, batches):
     """Feed (epoch, p, q) of fixed random features to an objective; it and the last loss."""
-    objective = objective or sogclr_clip.Objective(
-        args, SimpleNamespace(N_I=N_I, N_T=N_T, crc=0), D).double()
+    objective = sogclr_clip.Objective(args, sizes(), D).double()
     for step, (epoch, p, q) in enumerate(batches):
         x, t = (F.normalize(normal(len(p), D, seed=s + step), dim=1) for s in (30, 60))
-        loss, _ = objective(x, t, torch.tensor(p), torch.tensor(q), torch.arange(len(p)), step,
-                            epoch)
+        loss, _ = objective(x, t, torch.tensor(p), torch.tensor(q), distinct(len(p)), step, epoch)
         objective.update()
     return objective, loss
 
@@ -201,37 +296,35 @@ def test_epoch_0_takes_the_batch_value():
     close(objective.I.log_u[:3], batch_log_g(1, [0, 1, 2], 0.1, "I").double())
 
 
+def fresh(S):
+    """negative, log_u, b of a batch of ids that were never seen."""
+    return (distinct(len(S)), torch.full((len(S),), -math.inf, dtype=torch.float64),
+            torch.zeros(len(S), dtype=torch.float64))
+
+
 def test_u_does_not_depend_on_the_batch_size():
     """Equal negatives: u is a mean, so more of them change nothing."""
-    own = torch.arange(2)
-    for B in (4, 40):
-        S = torch.full((2, B), 0.3, dtype=torch.float64)
-        S[own, own] = 0.5
-        _, log_u, b = sogclr_clip.sogclr(
-            sogclr_clip.difference(S, own), sogclr_clip.negatives(own, B),
-            torch.full((2,), -math.inf).double(), torch.zeros(2).double(), 0.1, 1.0)
-        close(log_u, torch.full((2,), -2.0).double())
+    for n in (4, 40):
+        S = torch.full((n, n), 0.3, dtype=torch.float64).fill_diagonal_(0.5)
+        _, log_u, b = sogclr_clip.sogclr(S, *fresh(S), 0.1, 1.0)
+        close(log_u, torch.full((n,), -2.0).double())
 
 
 def test_gamma_1_without_floor_is_the_mini_batch_loss():
     """Gradient of tau log mean e^(D/tau), by autograd."""
     x, t = (F.normalize(normal(6, D, seed=s), dim=1).requires_grad_() for s in (1, 2))
-    own = torch.arange(6)
-    negative = sogclr_clip.negatives(own, 6)
-    D_ij = sogclr_clip.difference(x @ t.T, own)
-    L, *_ = sogclr_clip.sogclr(D_ij, negative, normal(6), normal(6).abs(), 0.07, 1.0, eps=0)
+    S, negative = x @ t.T, distinct(6)
+    L, *_ = sogclr_clip.sogclr(S, negative, normal(6), normal(6).abs(), 0.07, 1.0, eps=0)
     found = torch.autograd.grad(L, (x, t), retain_graph=True)
-    exact = 0.07 * (D_ij / 0.07).masked_fill(~negative, -math.inf).logsumexp(1).mean()
+    z = (S - S.diagonal()[:, None]) / 0.07
+    exact = 0.07 * z.masked_fill(~negative, -math.inf).logsumexp(1).mean()
     for a, b in zip(found, torch.autograd.grad(exact, (x, t)), strict=True):
         close(a, b)
 
 
 def test_all_negatives_equal_to_the_positive():
     x = F.normalize(torch.ones(4, D, dtype=torch.float64), dim=1).requires_grad_()
-    own = torch.arange(4)
-    L, log_u, _ = sogclr_clip.sogclr(
-        sogclr_clip.difference(x @ x.T, own), sogclr_clip.negatives(own, 4),
-        torch.full((4,), -math.inf).double(), torch.zeros(4).double(), 0.01, 1.0)
+    L, log_u, _ = sogclr_clip.sogclr(x @ x.T, *fresh(x), 0.01, 1.0)
     L.backward()
     close(L, torch.zeros_like(L))
     close(log_u, torch.zeros(4).double())
@@ -242,10 +335,10 @@ def test_all_negatives_equal_to_the_positive():
 def test_float32_at_a_temperature_of_0_005(loss):
     """Un-shifted logits up to 200: e^z is not a float32 number, its logarithm is."""
     args = flags("--loss", loss, "--tau", "0.005")
-    objective = sogclr_clip.Objective(args, SimpleNamespace(N_I=N_I, N_T=N_T, crc=0), D)
+    objective = sogclr_clip.Objective(args, sizes(), D)
     for step in range(4):
         x = F.normalize(normal(4, D, seed=step), dim=1).float().requires_grad_()
-        L, _ = objective(x, x + 1e-3, torch.arange(4), torch.arange(4), torch.arange(4), step, step)
+        L, _ = objective(x, x + 1e-3, torch.arange(4), torch.arange(4), distinct(4), step, step)
         L.backward()
         objective.update()
         assert x.grad.isfinite().all() and objective.I.log_u[:4].isfinite().all()
@@ -254,15 +347,57 @@ def test_float32_at_a_temperature_of_0_005(loss):
             assert ((objective.I.tau >= low) & (objective.I.tau <= high)).all()
 
 
+HALF = {  # every public loss as a function of what it takes, in half precision or not
+    "clip": lambda S, *_: sogclr_clip.clip(S, distinct(8), 0.1, 0.1),
+    "cyclip": lambda S, x, t: sogclr_clip.cyclip(S, S.T / 2, S / 4),
+    "decorrelation": lambda S, x, t: sogclr_clip.decorrelation(x),
+    "vicreg": lambda S, x, t: sogclr_clip.vicreg(x, t),
+    "sogclr": lambda S, *_: sogclr_clip.sogclr(S, *state32(), 0.1, 0.5),
+    "sogclr_dro": lambda S, *_: sogclr_clip.sogclr_dro(S, *state32(), TAU, 0.5, 6.0),
+    "isogclr": lambda S, *_: sogclr_clip.isogclr(S, *state32(), TAU, 0.5, 6.0),
+    "isogclr_v1": lambda S, *_: sogclr_clip.isogclr_v1(S, *state32()[:2], TAU, 0.5, 6.0),
+    "isogclr_v2": lambda S, *_: sogclr_clip.isogclr_v2(
+        S, *state32(), sogclr_clip.positives(S.diagonal()), TAU, 0.5, 6.0),
+    "onlineclr": lambda S, *_: sogclr_clip.onlineclr(
+        S, distinct(8), torch.tensor(0.1), torch.tensor(0.2), 0.1, 0.5),
+    "info_sogclr": lambda S, *_: sogclr_clip.info_sogclr(S, *state32()[:2], 0.1, 0.5, 0.1),
+    "mine": lambda S, *_: sogclr_clip.mine(S, distinct(8), torch.tensor(0.1), 0.1, 0.5),
+    "difficulty": lambda S, *_: sogclr_clip.difficulty(S, distinct(8), 0.1),
+    "siglip": lambda S, *_: sogclr_clip.siglip(S, distinct(8), torch.tensor(10.0), -1.0),
+    "fastclip": lambda S, *_: sogclr_clip.fastclip(S, *state32()[:2], 0.1, 0.5, 6.0),
+}
+TAU = torch.linspace(0.05, 0.2, 8)
+
+
+def state32():
+    """negative, log_u, b of 8 anchors, float32."""
+    return distinct(8), normal(8, seed=7).float(), normal(8, seed=8).abs().float()
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_is_that_of_its_float32(name):
+    """Values and gradients of bfloat16 inputs are those of the same numbers in float32."""
+    inputs = [normal(8, n, seed=n).clamp(-1, 1).bfloat16() for n in (8, D, D)]
+    values, grads = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = HALF[name](*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        values.append(out)
+        grads.append(torch.autograd.grad(out[0], leaves, allow_unused=True))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*values, strict=True))
+    for half, full in zip(*grads, strict=True):
+        if full is not None:
+            atol = 1e-2 * full.abs().max().item()  # bfloat16 has 8 bits
+            torch.testing.assert_close(half.float(), full, rtol=1e-2, atol=atol)
+
+
 def test_the_floor_of_infosogclr():
     """(E27): with u = g of the whole data set the weights are those of its InfoNCE."""
-    own, N = torch.arange(7), 7
     S = normal(7, 7, seed=3).clamp(-1, 1).requires_grad_()
-    negative = sogclr_clip.negatives(own, 7)
-    L, _ = sogclr_clip.info_sogclr(sogclr_clip.difference(S, own), negative,
-                                   torch.full((7,), -math.inf).double(), 0.2, 1.0, 1 / (N - 1))
+    L, _ = sogclr_clip.info_sogclr(S, *fresh(S)[:2], 0.2, 1.0, 1 / (7 - 1))
     found, = torch.autograd.grad(L, S)
-    exact, = torch.autograd.grad(0.2 * F.cross_entropy(S / 0.2, own), S)
+    exact, = torch.autograd.grad(0.2 * F.cross_entropy(S / 0.2, torch.arange(7)), S)
     close(found, exact)
 
 
@@ -271,10 +406,8 @@ def test_infosogclr_takes_its_floor_from_the_data():
     args = flags("--loss", "sogclr-mine", "--tau", "0.1")
     _, loss = run_steps(args, [(0, [0, 1, 2], [0, 1, 2])])
     x, t = (F.normalize(normal(3, D, seed=s), dim=1) for s in (30, 60))
-    own, never = torch.arange(3), torch.full((3,), -math.inf).double()
-    expected = sum(sogclr_clip.info_sogclr(
-        sogclr_clip.difference(S, own), sogclr_clip.negatives(own, 3), never, 0.1, 1.0,
-        1 / (N - 1))[0] for S, N in ((x @ t.T, N_T), (t @ x.T, N_I)))
+    expected = sum(sogclr_clip.info_sogclr(S, *fresh(S)[:2], 0.1, 1.0, 1 / (N - 1))[0]
+                   for S, N in ((x @ t.T, N_T), (t @ x.T, N_I)))
     close(loss, expected, 1e-12)
 
 
@@ -287,11 +420,16 @@ def test_the_bank_of_hybrid():
     assert not objective.I.bank[[4, *range(6, N_I)]].any()
     close(objective.I.bank[[0, 3, 5]], torch.stack([x[0][0], x[1][0], x[1][2]]))
     close(objective.I.bank[1], F.normalize(x[0][1] + x[1][1], dim=0))
-    assert objective.bank_rows(objective.I, torch.tensor([1, 4]), 7).tolist() == [0, 2, 3, 5]
+
+    def usable(table, batch, step):
+        rows, mask = objective.bank_rows(table, batch, step)
+        return rows[mask]
+
+    assert usable(objective.I, torch.tensor([1, 4]), 7).tolist() == [0, 2, 3, 5]
     many = sogclr_clip.Table(5000, log_u=0)
-    rows = objective.bank_rows(many, torch.arange(2500), 7)
+    rows = usable(many, torch.arange(2500), 7)
     assert rows.min() >= 2500 and 300 < len(rows) == len(rows.unique()) < 600
-    assert not torch.equal(rows, objective.bank_rows(many, torch.arange(2500), 8))
+    assert not torch.equal(rows, usable(many, torch.arange(2500), 8))
 
 
 NEGATIVES = sorted(set(sogclr_clip.LOSSES) - {"vicreg", "cyclip", "hybrid"})
@@ -301,34 +439,42 @@ NEGATIVES = sorted(set(sogclr_clip.LOSSES) - {"vicreg", "cyclip", "hybrid"})
 def test_repeats_are_no_negatives(loss):
     """With x_i = e_i, component i of t_j is S_ij: its gradient is 0 just where j repeats i."""
     p, text = torch.tensor([0, 0, 1, 2]), torch.tensor([5, 6, 6, 7])
-    same = sogclr_clip.repeats(p, text)
+    same = sogclr_clip.duplicate_mask(p, text)
     assert same.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
-    objective = sogclr_clip.Objective(flags("--loss", loss), SimpleNamespace(
-        N_I=N_I, N_T=N_T, crc=0), D).double().eval()
+    objective = sogclr_clip.Objective(flags("--loss", loss), sizes(), D).double()
     t = (0.1 * normal(4, D)).requires_grad_()
-    L, _ = objective(torch.eye(4, D).double(), t, p, torch.arange(4), torch.arange(4), 1, 0, same)
+    L, _ = objective(torch.eye(4, D).double(), t, p, torch.arange(4), ~same, 1, 0)
     grad, = torch.autograd.grad(L, t)
     assert torch.equal(grad.T[:4] != 0, ~same | torch.eye(4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("loss", ["sogclr", "vicreg", "siglip"])
-def test_features_that_are_not_finite_stop_the_run(loss):
-    """The tower, the step, and how many rows of which rank."""
-    objective = sogclr_clip.Objective(flags("--loss", loss), SimpleNamespace(
-        N_I=N_I, N_T=N_T, crc=0), D).double()
-    x, t = normal(4, D, seed=1), normal(4, D, seed=2)
-    t[1, 0], t[3, 2] = math.nan, math.inf
-    with pytest.raises(common.RunFailed, match=r"text_tower .* step 7, in 2 of 4 .* rank: \[2\]"):
-        objective(x, t, torch.arange(4), torch.arange(4), torch.arange(4), 7, 0)
-    assert (torch.cat([v for k, v in objective.state_dict().items() if k.endswith("log_u")] or [
-        torch.tensor([-math.inf])]) == -math.inf).all()
+def test_features_that_are_not_finite_stop_the_run(refused_by, monkeypatch, tmp_path, loss):
+    """Training names the tower, the step, and the rows; the checkpoint before it is kept."""
+    real, calls = sogclr_clip.Towers.forward, []
+
+    def broken(self, images, tokens=None):
+        x, t = real(self, images, tokens)
+        if images is not None and t is not None:
+            calls.append(0)
+            if len(calls) == 2:
+                t = t * torch.ones(16, 1).index_fill(0, torch.tensor([1, 3]), math.nan)
+        return x, t
+
+    monkeypatch.setattr(sogclr_clip.Towers, "forward", broken)
+    refused_by(sogclr_clip.main, [*VERY_SMALL, "--loss", loss, "--save-every", "1"],
+               "text_tower", "at step 1, in 2 of 16 rows", "[2]", status=1,
+               says=["32 captions of"])
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 0
 
 
-def test_a_batch_without_negatives():
-    with pytest.raises(ValueError, match="at least 2 pairs"):
-        sogclr_clip.negatives(torch.arange(1), 1)
-    with pytest.raises(ValueError, match="no negative"):
-        sogclr_clip.negatives(torch.arange(2), 2, torch.ones(2, 2, dtype=torch.bool))
+def test_a_pair_without_negatives_stops_the_run(refused_by, monkeypatch):
+    """All captions of the batch are the same."""
+    monkeypatch.setattr(sogclr_clip, "clean_caption", lambda caption: "a cat")
+    monkeypatch.setattr(sogclr_clip.Pairs.__init__, "__defaults__", (lambda caption: "a cat",))
+    refused_by(sogclr_clip.main, [*VERY_SMALL, "--mask-repeats"], "step 0: a pair of the batch has "
+               "no negative: all others repeat it; use a larger --batch-size", status=1,
+               says=["32 captions of"])
 
 
 # ------------------------------------------------------------------ agreement with open_clip
@@ -338,12 +484,10 @@ def test_clip_and_siglip_are_those_of_open_clip():
     import open_clip.loss
 
     x, t = (F.normalize(normal(9, D, seed=s).float(), dim=1) for s in (1, 2))
-    own, scale = torch.arange(9), torch.tensor(14.3)
-    negative = sogclr_clip.negatives(own, 9)
-    ours = (sogclr_clip.clip(x @ t.T, own, negative, 1 / scale)
-            + sogclr_clip.clip(t @ x.T, own, negative, 1 / scale)) / 2
+    scale, negative = torch.tensor(14.3), distinct(9)
+    ours = sogclr_clip.clip(x @ t.T, negative, 1 / scale, 1 / scale)
     assert abs(ours - open_clip.loss.ClipLoss()(x, t, scale)) < 1e-6
-    ours = sogclr_clip.siglip(x @ t.T, own, negative, scale, torch.tensor(-10.0))
+    ours = sogclr_clip.siglip(x @ t.T, negative, scale, torch.tensor(-10.0))
     assert abs(ours - open_clip.loss.SigLipLoss()(x, t, scale, torch.tensor(-10.0))) < 1e-6
 
 
@@ -424,11 +568,13 @@ def test_stopped_runs_go_on_exactly(goes_on_exactly, argv):
                                        "--save-every", "9", "--loss", *argv])
 
 
-def test_the_log_has_means_over_the_ranks(run_main, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "means", lambda values: dict.fromkeys(values, 7.0))
+def test_the_log_has_the_statistics(run_main, tmp_path):
+    """What `check_loss` returns is what the log has."""
     run_main(sogclr_clip.main, "run", [*VERY_SMALL, "--loss", "isogclr"])
     records = [json.loads(s) for s in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert all(records[2][name] == 7.0 for name in ("tau_I", "tau_T", "log_u_I", "v_T", "gamma"))
+    for name in ("loss", "lr", "tau_I", "tau_T", "log_u_I", "v_T", "gamma"):
+        assert math.isfinite(records[2][name])
+    assert records[2]["gamma"] == 0.8 and records[2]["tau_I"] == pytest.approx(0.05)
 
 
 def test_other_data_is_refused(run_main, refused_by, tmp_path, monkeypatch):
@@ -501,11 +647,11 @@ class Means(nn.Module):
         super().__init__()
         self.zero = zero
 
-    def forward(self, images=None, tokens=None):
+    def forward(self, images, tokens=None):
         if images is not None:
             x = images.mean((2, 3))
-            return [x * (torch.arange(len(x)) > 2)[:, None] if self.zero else x]
-        return [F.normalize(F.one_hot(tokens.long().sum(1) % 3, 3) + 0.1, dim=1)]
+            return x * (torch.arange(len(x)) > 2)[:, None] if self.zero else x, None
+        return None, F.normalize(F.one_hot(tokens.long().sum(1) % 3, 3) + 0.1, dim=1)
 
 
 def shapes_test_set(*argv):
@@ -524,7 +670,7 @@ def test_zero_shot_with_the_statistics_of_its_data():
     for name, more in dict(own=["--zs-original"], trained=[], plain=None).items():
         other = [] if more is None else ["--mean", "0.9", "0.1", "0.5", "--std", "1", "1", "1"]
         tokenizer, data, pairs = shapes_test_set(*other, *(more or []))
-        found[name] = sogclr_clip.scores(Means(), tokenizer, data, pairs)[0]
+        found[name] = sogclr_clip.evaluate_clip(Means(), tokenizer, data, pairs)[0]
     zero_shot = {k for k in found["own"] if k.startswith("zero-shot")}
     assert zero_shot == {"zero-shot top-1", "zero-shot top-5"}
     for k in found["own"]:
@@ -537,10 +683,10 @@ def test_zero_shot_with_the_statistics_of_its_data():
 def test_features_that_are_zero_are_told_once(capsys):
     tokenizer, data, pairs = shapes_test_set()
     for _ in range(2):
-        sogclr_clip.scores(Means(zero=True), tokenizer, data, pairs)
+        sogclr_clip.evaluate_clip(Means(zero=True), tokenizer, data, pairs)
     assert capsys.readouterr().out == "warning: 3 features of images, 0 of captions are zero\n"
     _, data, _ = shapes_test_set()
-    sogclr_clip.scores(Means(), tokenizer, data, pairs)
+    sogclr_clip.evaluate_clip(Means(), tokenizer, data, pairs)
     assert not capsys.readouterr().out
 
 
@@ -660,7 +806,7 @@ def test_retrieval_of_repeated_captions():
     data = common.Data(table, table, args, torch.device("cpu"))
     clip, tokenizer = sogclr_clip.towers(args)
     pairs = sogclr_clip.Pairs(table, tokenizer, "cpu")
-    _, chance, found = sogclr_clip.scores(sogclr_clip.Towers(clip), tokenizer, data, pairs)
+    _, chance, found = sogclr_clip.evaluate_clip(sogclr_clip.Towers(clip), tokenizer, data, pairs)
     X, Y, image_group, text_group, rows = found
     assert len(X) == 8 and len(Y) == 7 and image_group[3] == image_group[0] == text_group[0]
     assert rows.tolist() == [0, 1, 2, 4, 5, 6, 7]

@@ -46,29 +46,31 @@ EXAMPLE = torch.stack([unit(0, 10, 90, 105), unit(0, 80, 95, 12)])  # (2, 4, 2)
 def test_worked_example():
     y = torch.stack([wcl.weak_labels(v) for v in EXAMPLE])
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]
-    rows = [wcl.sup_con(v @ v.T / 0.1, labels[:, None] == labels, torch.eye(4).bool(), "none")
-            for v, labels in ((EXAMPLE[0], y[1]), (EXAMPLE[1], y[0]))]
-    assert rows[0].tolist() == pytest.approx([12.436325, 8.111918, 7.923203, 12.247480], abs=1e-6)
-    assert rows[1].tolist() == pytest.approx([8.045339, 7.925838, 8.440807, 8.565363], abs=1e-6)
-    assert wcl.swapped(EXAMPLE, EXAMPLE, y).item() == pytest.approx(9.212034, abs=1e-6)
-    assert wcl.swapped(EXAMPLE, EXAMPLE, y.flip(0)).item() == pytest.approx(0.000883, abs=1e-6)
-    assert wcl.info_nce(EXAMPLE, EXAMPLE)[0].item() == pytest.approx(5.175741, abs=1e-6)
-    found = wcl.wcl_loss(EXAMPLE, EXAMPLE, alpha=2.0, beta=3.0)
-    assert found["loss"].item() == pytest.approx(2 * 5.175741 + 3 * 9.212034, abs=1e-5)
-    alone = wcl.wcl_loss(EXAMPLE, None, alpha=2.0, beta=0.0)
-    assert alone["loss"].item() == pytest.approx(2 * 5.175741, abs=1e-5) and "swap" not in alone
+    rows = [[12.436325, 8.111918, 7.923203, 12.247480], [8.045339, 7.925838, 8.440807, 8.565363]]
+    for v, labels, expected in ((EXAMPLE[0], y[1], rows[0]), (EXAMPLE[1], y[0], rows[1])):
+        assert wcl.sup_con(v, labels).item() == pytest.approx(sum(expected) / 4, abs=1e-6)
+    assert wcl.swapped(EXAMPLE, y).item() == pytest.approx(9.212034, abs=1e-6)
+    assert wcl.swapped(EXAMPLE, y.flip(0)).item() == pytest.approx(0.000883, abs=1e-6)
+    assert wcl.info_nce(EXAMPLE).item() == pytest.approx(5.175741, abs=1e-6)
 
 
 def test_the_weak_loss_has_no_gradient_through_its_keys():
-    z = F.normalize(normal(2, 9, 5), dim=2).requires_grad_()
     v = F.normalize(normal(2, 9, 5, seed=1), dim=2).requires_grad_()
-    wcl.wcl_loss(z, v)["loss"].backward()
-    y = torch.stack([wcl.weak_labels(x.detach()) for x in v])
-    keys, anchors = v.detach().clone(), v.detach().clone().requires_grad_()
-    wcl.swapped(anchors, keys, y).backward()
-    close(v.grad, anchors.grad)
-    everywhere = v.detach().clone().requires_grad_()
-    wcl.swapped(everywhere, everywhere, y).backward()
+    y = torch.stack([wcl.weak_labels(x) for x in v])
+    wcl.swapped(v, y).backward()
+
+    def by_hand(anchors, keys):
+        losses = []
+        for m in (0, 1):
+            log_p = log_softmax(anchors[m] @ keys[m].T / 0.1, ~torch.eye(9).bool())
+            P = (y[1 - m][:, None] == y[1 - m]) & ~torch.eye(9).bool()
+            losses.append(torch.stack([-log_p[i][P[i]].mean() for i in range(9) if P[i].any()]))
+        return (losses[0].mean() + losses[1].mean()) / 2
+
+    constant, everywhere = (v.detach().clone().requires_grad_() for _ in "ab")
+    by_hand(constant, v.detach()).backward()
+    close(v.grad, constant.grad)
+    by_hand(everywhere, everywhere).backward()
     assert (everywhere.grad - v.grad).abs().max() > 1e-3
 
 
@@ -76,7 +78,7 @@ def test_two_images_have_nothing_to_tell_apart():
     v = F.normalize(normal(2, 2, 5), dim=2).requires_grad_()
     y = torch.zeros(2, 2, dtype=torch.int64)
     assert torch.equal(wcl.weak_labels(v[0]), y[0])
-    loss = wcl.swapped(v, v.detach(), y)
+    loss = wcl.swapped(v, y)
     loss.backward()
     assert abs(loss.item()) < 1e-12 and v.grad.abs().max() < 1e-12
 
@@ -87,11 +89,11 @@ def test_collapse_of_all_features_to_one_point(n):
     y = torch.stack([wcl.weak_labels(x.detach()) for x in v])
     assert torch.equal(y, torch.zeros(2, n, dtype=torch.int64))  # ties: all hang on image 0
     for labels in (y, torch.arange(n).repeat(2, 1) // 2 % (n // 2)):  # whatever the labels
-        loss = wcl.swapped(v, v.detach(), labels)
+        loss = wcl.swapped(v, labels)
         assert loss.item() == pytest.approx(math.log(n - 1))
     loss.backward()
     assert v.grad.isfinite().all()
-    nce = wcl.info_nce(v, v)[0]
+    nce = wcl.info_nce(v)
     assert nce.item() == pytest.approx(math.log(2 * n - 1))
 
 
@@ -99,38 +101,31 @@ def test_collapse_of_all_features_to_one_point(n):
 def test_small_temperatures_in_float32(tau):
     v = F.normalize(normal(2, 12, 6), dim=2)
     y = torch.stack([wcl.weak_labels(x) for x in v])
-    for loss in (lambda x: wcl.swapped(x, x, y, tau=tau), lambda x: wcl.info_nce(x, x, 0, tau)[0]):
+    for loss in (lambda x: wcl.swapped(x, y, tau), lambda x: wcl.info_nce(x, tau)):
         assert loss(v.float()).item() == pytest.approx(loss(v).item(), rel=1e-5)
 
 
 def test_rows_without_positive_are_left_out():
-    x = normal(4, 4).requires_grad_()
-    positive = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).bool()
-    itself = torch.eye(4).bool()
-    rows = wcl.sup_con(x, positive, itself, "none")
-    assert (rows[2:] == 0).all() and (rows[:2] > 0).all()
-    assert wcl.sup_con(x, positive, itself).item() == pytest.approx(rows[:2].mean().item())
-    none = wcl.sup_con(x, itself, itself)
+    v, y = F.normalize(normal(4, 3), dim=1).requires_grad_(), torch.tensor([5, 5, 0, 1])
+    log_p = log_softmax(v @ v.T / 0.1, ~torch.eye(4).bool())
+    assert wcl.sup_con(v, y).item() == pytest.approx(-(log_p[0, 1] + log_p[1, 0]).item() / 2)
+    none = wcl.sup_con(v, torch.arange(4))
     none.backward()
-    assert none.item() == 0 and torch.equal(x.grad, torch.zeros(4, 4, dtype=x.dtype))
+    assert none.item() == 0 and torch.equal(v.grad, torch.zeros(4, 3, dtype=v.dtype))
 
 
-@pytest.mark.parametrize("call", [
-    lambda z: wcl.info_nce(z, z, 0, 0.0),
-    lambda z: wcl.info_nce(z, z, 0, -1.0),
-    lambda z: wcl.info_nce(z, z, 0, float("nan")),
-    lambda z: wcl.info_nce(z[:, :, :2], z),
-    lambda z: wcl.info_nce(z[0], z[0]),
-    lambda z: wcl.info_nce(z, z, 1),
-    lambda z: wcl.swapped(z, z, torch.zeros(2, 3, dtype=torch.int64)),
-    lambda z: wcl.swapped(z, z, torch.zeros(4, dtype=torch.int64)),
-    lambda z: wcl.swapped(z[:, :, :2], z, torch.zeros(2, 4, dtype=torch.int64)),
-    lambda z: wcl.weak_labels(z[0, :1]),
-    lambda z: wcl.neighbours(z[0, :1], z[0, :1], 0, 3),
-])
-def test_wrong_arguments_are_value_errors(call):
-    with pytest.raises(ValueError):
-        call(F.normalize(normal(2, 4, 3), dim=2))
+def test_half_precision_is_upcast():
+    """In bfloat16 nearly all similarities would be ties, and the labels a few large components."""
+    v = F.normalize(normal(2, 200, 16).float(), dim=2).bfloat16()
+    y = torch.stack([wcl.weak_labels(x) for x in v])
+    assert torch.equal(y, torch.stack([wcl.weak_labels(x.float()) for x in v]))
+    assert y.max() > 30
+    P = torch.eye(200).bool().repeat(2, 1, 1)
+    for call in (wcl.info_nce, lambda x: wcl.swapped(x, y),
+                 lambda x: wcl.multi_crop(x, x, x, x, P)):
+        half, full = call(v), call(v.float())
+        for a, b in zip(*((x,) if torch.is_tensor(x) else x for x in (half, full))):
+            assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 # ------------------------------------------------------------------ weak labels
@@ -194,24 +189,21 @@ def test_components_are_those_of_scipy():
 
 
 @pytest.mark.parametrize("size, width", [(50, 3), (300, 16)])
-def test_neighbours_of_a_rank_by_blocks(size, width):
+def test_neighbours_by_blocks(size, width):
     V = F.normalize(normal(size, width), dim=1)
     S = (V @ V.T).fill_diagonal_(-math.inf)
     order = S.argsort(dim=1, descending=True, stable=True)
     for k in (1, 4, size - 1, size + 5):
-        found = wcl.neighbours(V, V, 0, k, block=7 * size)
-        assert torch.equal(found, order[:, :min(k, size - 1)])
-        own = slice(size // 3, size // 2)
-        assert torch.equal(wcl.neighbours(V[own], V, own.start, k), found[own])
+        assert torch.equal(wcl.neighbours(V, k, block=7 * size), order[:, :min(k, size - 1)])
 
 
 def test_ties_take_the_lowest_index():
     V = torch.eye(6, dtype=torch.float64)[[0, 1, 1, 2, 1, 2]]
-    assert wcl.neighbours(V, V)[:, 0].tolist() == [1, 2, 1, 5, 1, 3]
-    assert wcl.neighbours(V, V, k=3).tolist() == [
+    assert wcl.neighbours(V)[:, 0].tolist() == [1, 2, 1, 5, 1, 3]
+    assert wcl.neighbours(V, k=3).tolist() == [
         [1, 2, 3], [2, 4, 0], [1, 4, 0], [5, 0, 1], [1, 2, 0], [3, 0, 1]]
     assert wcl.weak_labels(V).tolist() == [0, 0, 0, 1, 0, 1]
-    assert wcl.neighbours(unit(0, 180), unit(0, 180))[:, 0].tolist() == [1, 0]  # not themselves
+    assert wcl.neighbours(unit(0, 180))[:, 0].tolist() == [1, 0]  # not themselves
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -222,14 +214,12 @@ def test_equal_features_tie_whatever_the_product_rounds(size, width, dtype):
     equal = torch.tensor([0, 1, 2, 3, size - 1])
     x[equal] = x[0].clone()
     V = F.normalize(x, dim=1)
-    n = wcl.neighbours(V, V)[:, 0]
+    n = wcl.neighbours(V)[:, 0]
     assert n[equal].tolist() == [1, 0, 0, 0, 0]
     exact = V.double() @ V.double().T
     exact[:, equal] = exact[:, :1].clone()
     assert torch.equal(n, exact.fill_diagonal_(-math.inf).argmax(1))
-    for own in (slice(0, 2), slice(2, size)):  # as the ranks have it
-        assert torch.equal(wcl.neighbours(V[own], V, own.start)[:, 0], n[own])
-    near = wcl.neighbours(V, V, k=4)[equal]
+    near = wcl.neighbours(V, k=4)[equal]
     assert near.tolist() == [[j for j in equal.tolist() if j != i] for i in equal.tolist()]
 
 
@@ -250,12 +240,30 @@ def test_statistics_of_a_batch():
     assert wcl.purity(t, y[0]) == pytest.approx(100 * (2 + 2 + 1) / 8)  # of 7, 3, 5
     assert wcl.purity(y[1], t) == pytest.approx(100 * (2 + 2 + 1 + 1) / 8)
     order = torch.tensor([5, 1, 0, 2, 3, 4, 6, 7])  # makes t 7 7 7 3 3 3 3 5
-    found = wcl.statistics(y, t, order)
+    columns = dict(label=torch.cat([t.flip(0), t]), mixed=torch.full((16,), -1))
+    data = SimpleNamespace(train=SimpleNamespace(column=columns.get),
+                           args=SimpleNamespace(label="label", seed=3))
+    rows = torch.arange(8, 16)
+    with mock.patch.object(torch, "randperm", lambda n, generator: order):
+        found = wcl.label_quality(y, rows, data, 5)
     assert found == pytest.approx(dict(
         components=3.5, size=(8 / 3 + 2) / 2, largest=100 * (3 + 2) / 16,
         purity=100 * (5 + 6) / 16, completeness=100 * (5 + 5) / 16,
         random=100 * (3 + 2 + 2 + 2 + 1 + 2 + 1) / 16))
-    assert wcl.statistics(y, None, order).keys() == {"components", "size", "largest"}
+    data.args.label = "mixed"
+    assert wcl.label_quality(y, rows, data, 5).keys() == {"components", "size", "largest"}
+    assert wcl.label_quality(None, rows, data, 5) == {}
+
+
+def test_accuracy_of_the_pairs():
+    z = F.normalize(normal(2, 40, 4) + 2 * normal(40, 4, seed=1), dim=2)
+    q = z.flatten(0, 1)
+    near = (q @ q.T).fill_diagonal_(-math.inf).topk(5).indices
+    hit = near == torch.arange(80).roll(40)[:, None]
+    found = wcl.pair_accuracy(z)
+    assert found["top1"].item() == pytest.approx(100 * hit[:, 0].double().mean().item())
+    assert found["top5"].item() == pytest.approx(100 * hit.any(1).double().mean().item())
+    assert 5 < found["top1"] < found["top5"] < 95
 
 
 # ------------------------------------------------------------------ the number of processes
@@ -274,19 +282,22 @@ def flags(*more):
 
 
 class Net(nn.Module):
-    """Stands in for wcl.WCL: the same interface, no BatchNorm, float64."""
+    """Stands in for wcl.WCL: the same interface, float64; BatchNorm if asked."""
+
+    norm = False
 
     def __init__(self, args):
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 16),
-                                      nn.Tanh())
+        self.backbone = nn.Sequential(
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 16),
+            nn.BatchNorm1d(16) if self.norm else nn.Identity(), nn.Tanh())
         self.head1 = nn.Linear(16, args.dim)
         self.head2 = nn.Linear(16, args.dim) if args.beta > 0 else None
         self.double()
         self.backbone.register_forward_pre_hook(lambda _, x: (x[0].double(),))
 
-    def forward(self, views):
+    def forward(self, *views):
         h = torch.stack([self.backbone(x) for x in views])
         return [None if head is None else F.normalize(head(h), dim=2)
                 for head in (self.head1, self.head2)]
@@ -301,7 +312,9 @@ TRAININGS = {
     "kind": [*LARS, "--lars-groups", "kind"],
     "crops": ["--crops", "2", "--crop-k", "3", "--gamma", "0.5", "--delta", "0.8"],
     "components": ["--crops", "2", "--crop-positives", "components"],
+    "uneven": ["--crops", "2", "--micro-batch", "3"],  # divides neither 16, 8 nor 4 rows
 }
+NORM = ["wcl", "simclr", "crops"]  # with BatchNorm: parts of 4 rows on any number of processes
 
 
 def features_with_ties():
@@ -311,7 +324,7 @@ def features_with_ties():
     return F.normalize(x, dim=2)
 
 
-def train(folder, more):
+def train(folder, more, norm=False):
     """A whole short run of wcl.train; the weights at its end."""
     made = []
 
@@ -319,7 +332,7 @@ def train(folder, more):
         made.append(Net(args))
         return made[-1]
 
-    with mock.patch.object(wcl, "WCL", make), \
+    with mock.patch.object(wcl, "WCL", make), mock.patch.object(Net, "norm", norm), \
             mock.patch.dict(common.SOURCES, shapes=blob_tables), \
             mock.patch.object(common, "curves", lambda *_: None), \
             mock.patch.object(common, "views_picture", lambda *_: None), \
@@ -328,12 +341,13 @@ def train(folder, more):
     return made[0].state_dict()
 
 
-def dropping_gather(x, dim=0):
-    """The field's common bug: rows of other ranks, and what they ask of one's own, are lost."""
+def dropping_gather(x):
+    """The field's common bug: the own rows take the place of their copy, and nothing makes up for
+    DDP's mean."""
     parts = [torch.empty_like(x) for _ in range(common.world())]
     dist.all_gather(parts, x.detach().contiguous())
     parts[common.rank()] = x
-    return torch.cat(parts, dim)
+    return torch.cat(parts, -2)
 
 
 def case_train(folder):
@@ -342,6 +356,12 @@ def case_train(folder):
     if common.world() > 1:
         with mock.patch.object(common, "gather", dropping_gather):
             found["dropped"] = train(f"{folder}/dropped-{common.world()}", TRAININGS["wcl"])
+    for name in NORM:
+        parts = [] if common.world() == 4 else ["--micro-batch", "4"]
+        found[f"norm {name}"] = train(f"{folder}/norm-{name}-{common.world()}",
+                                      [*TRAININGS[name], *parts], norm=True)
+    if common.world() == 1:
+        found["norm whole"] = train(f"{folder}/norm-whole", TRAININGS["wcl"], norm=True)
     return found
 
 
@@ -350,24 +370,12 @@ def case_labels(folder):
     found = {}
     for name, V in (("ties", features_with_ties()), ("float32", normal(2, 48, 8, seed=4).float())):
         V = F.normalize(V, dim=2)
-        own = ranks.own_rows(48)
-        found[name] = wcl.shared_labels(V[:, own], common.gather(V[:, own], dim=1), own.start)
+        V = common.gather(V[:, ranks.own_rows(48)])
+        found[name] = torch.stack([wcl.weak_labels(v) for v in V])
     return found
 
 
-def case_not_finite(folder):
-    """A NaN in one row of the last rank: all stop, and name the head."""
-    x = torch.ones(2, 3, 4)
-    if common.rank() == common.world() - 1:
-        x[1, 2, 0] = float("nan")
-    try:
-        common.all_finite(5, head1=common.gather(torch.ones_like(x), dim=1),
-                       head2=common.gather(x, dim=1))
-    except common.RunFailed as error:
-        return str(error)
-
-
-CASES = dict(train=case_train, labels=case_labels, not_finite=case_not_finite)
+CASES = dict(train=case_train, labels=case_labels)
 
 
 @pytest.fixture(scope="module")
@@ -412,10 +420,25 @@ def test_weak_labels_are_the_same_on_all_ranks(results, N):
             assert torch.equal(r["labels"][name], one[name]) and one[name].max() > 2
 
 
-@pytest.mark.parametrize("N", NS)
-def test_features_that_are_not_finite_stop_all_ranks(results, N):
-    for r in results[N]:
-        assert r["not_finite"].startswith("the output of head2 is not finite at step 5")
+@many
+@pytest.mark.parametrize("name", NORM)
+def test_a_part_is_a_process(results, folder, N, name):
+    """With BatchNorm too; the running statistics are those of the first part of the first rank."""
+    one = results[1][0]["train"][f"norm {name}"]
+    for i, r in enumerate(results[N]):
+        for key, value in one.items():
+            if i == 0 or "running" not in key:  # the other ranks' statistics are not kept
+                close(r["train"][f"norm {name}"][key], value)
+    logs = [log_of(folder / f"norm-{name}-{n}")[1:] for n in (1, N)]
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx(b, abs=1e-9)
+
+
+def test_other_parts_would_be_noticed(results):
+    found = results[1][0]["train"]
+    parts, whole = found["norm wcl"], found["norm whole"]
+    assert (parts["backbone.2.weight"] - whole["backbone.2.weight"]).abs().max() > 1e-3
+    close(found["uneven"], results[4][0]["train"]["uneven"])
 
 
 def log_softmax(s, keep):
@@ -472,8 +495,8 @@ def test_training_is_the_loop_of_the_equations(results, folder, name):
     momentum = {}
     for step in range(3 * I):
         batch, = data.batches(step, step + 1, weak if step < weak_epochs * I else strong,
-                              more=[(small, 2)])
-        crops = common.augment(batch.more[0]) if args.crops else []
+                              extra=[(small, 2)])
+        crops = common.augment(batch.extra[0]) if args.crops else []
         loss, y = reference_loss(model, common.augment(batch), crops, args)
         model.zero_grad()
         loss.backward()
@@ -506,7 +529,8 @@ def test_training_is_the_loop_of_the_equations(results, folder, name):
 
 def test_the_trainings_differ_from_each_other(results):
     found = results[1][0]["train"]
-    weights = {name: found[name]["backbone.2.weight"] for name in TRAININGS if name != "kind"}
+    weights = {name: found[name]["backbone.2.weight"] for name in TRAININGS
+               if name not in ("kind", "uneven")}
     for i, a in enumerate(weights):
         assert all((weights[a] - weights[b]).abs().max() > 1e-4 for b in list(weights)[:i])
     # no vector is without "bias" in its name here, so the groups by kind are the same
@@ -520,8 +544,8 @@ def test_statistics_of_batchnorm_are_per_view():
     model = wcl.WCL(flags()).train()
     x = normal(3, 8, 3, 16, 16).float()
     x[1:] = 5 * x[1:] + 3
-    z, v = model([x[0], x[1]])
-    again = model([x[0], x[2]])
+    z, v = model(x[0], x[1])
+    again = model(x[0], x[2])
     assert torch.equal(z[0], again[0][0]) and torch.equal(v[0], again[1][0])
     assert not torch.allclose(z[1], again[0][1])
     assert {k: int(b) for k, b in model.named_buffers() if k.endswith("tracked")} == {
@@ -529,7 +553,7 @@ def test_statistics_of_batchnorm_are_per_view():
     close(z.norm(dim=2), torch.ones(2, 8), 1e-6)
     assert z.shape == v.shape == (2, 8, 6) and not torch.allclose(z, v)
     alone = wcl.WCL(flags("--beta", "0"))
-    assert alone([x[0], x[1]])[1] is None
+    assert alone(x[0], x[1])[1] is None
 
 
 # ------------------------------------------------------------------ runs
@@ -541,6 +565,7 @@ VARIANTS = {
              "--lars-groups", "kind", "--weak-epochs", "2", "--picture"],
     "crops": ["--crops", "2", "--amp", "bf16", "--crop-positives", "components"],
     "simclr": ["--beta", "0"],
+    "micro-batch": ["--crops", "2", "--micro-batch", "6"],
 }
 
 
@@ -555,7 +580,7 @@ def test_variants_stop_and_go_on_exactly(goes_on_exactly, name, tmp_path):
     base = 0.075 * 4 if name == "lars" else 0.5
     assert [r["lr"] for r in lines] == pytest.approx(
         [base * x for x in (0, 0.25, 0.5, 0.75, 1, 0.8535534, 0.5, 0.1464466)])
-    assert ("crop_k" in lines[0]) == (name == "crops")
+    assert ("crop_k" in lines[0]) == (name in ("crops", "micro-batch"))
     assert (tmp_path / "whole" / "components.png").exists() == (name == "lars")
     if name == "lars":  # groups by kind: no vector is adapted, the shortcuts' BatchNorm neither
         vectors = [k for k, v in model.items() if v.ndim == 1 and "running" not in k]
@@ -594,7 +619,7 @@ def test_last_lines_and_the_untrained_network(run_main, tmp_path, capsys):
     assert first["random"] < 60 and 5 < first["completeness"] < 100
     # the evaluation finds the encoder; the heads (ten weights, six of BatchNorm each) are left out
     path = str(tmp_path / "run" / "checkpoint.pt")
-    about = linear_eval.load_backbone(path, linear_eval.read(path))[1]
+    about = linear_eval.load_backbone(path, linear_eval.read_checkpoint(path))[1]
     assert (about["arch"], about["prefix"]) == ("resnet-tiny", "backbone.")
     assert about["left_out"] == {"head1": 16, "head2": 16} and not about["missing"]
 
@@ -603,7 +628,7 @@ def test_last_lines_and_the_untrained_network(run_main, tmp_path, capsys):
 def test_useless_weak_labels_are_named(largest):
     records = [dict(step=0, knn_top1=1.0, components=3.0, size=9.0, largest=95.0),
                dict(step=1, components=1.5, size=11.25, largest=largest), dict(step=1, knn_top1=2)]
-    lines = wcl.words(SimpleNamespace(records=lambda: records))
+    lines = wcl.summary_lines(SimpleNamespace(records=lambda: records))
     assert lines[:2] == ["  weak labels  untrained: 3.0 components of 9.0 images",
                          "  weak labels  trained: 1.5 components of 11.2 images"]
     assert len(lines) == (3 if largest > 90 else 2)
@@ -622,7 +647,7 @@ def test_picture_of_a_finished_run(run_main, tmp_path, capsys):
     data, model = common.load(args, CPU), wcl.WCL(args)
     model.load_state_dict(state["state"]["model"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    rows, y = next(wcl.graphs(model, data, common.augmentation(args), 1))
+    rows, y = next(wcl.batch_graphs(model, data, common.augmentation(args), 1))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())  # a copy was used
     sizes = torch.bincount(y[0])
     sheet = np.asarray(Image.open(tmp_path / "run" / "components.png")).astype(int)

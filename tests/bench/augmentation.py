@@ -23,18 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 
 
-def pil_pipeline(spec):
+def pil_pipeline(aug):
     steps = [
-        transforms.RandomResizedCrop(spec["size"], spec["crop"]),
-        transforms.RandomHorizontalFlip(spec["flip"]),
-        transforms.RandomApply([transforms.ColorJitter(*spec["jitter"])], spec["jitter_p"]),
-        transforms.RandomGrayscale(spec["gray"]),
+        transforms.RandomResizedCrop(aug["size"], aug["crop"]),
+        transforms.RandomHorizontalFlip(aug["flip"]),
+        transforms.RandomApply([transforms.ColorJitter(*aug["jitter"])], aug["jitter_p"]),
+        transforms.RandomGrayscale(aug["gray"]),
     ]
-    if spec["blur"] > 0:
+    if aug["blur"] > 0:
         # The kernel of the batched version: 3 sigma on each side.
-        blur = transforms.GaussianBlur(2 * int(3 * spec["sigma"][1]) + 1, spec["sigma"])
-        steps.append(transforms.RandomApply([blur], spec["blur"]))
-    steps += [transforms.ToTensor(), transforms.Normalize(spec["mean"], spec["std"])]
+        blur = transforms.GaussianBlur(2 * int(3 * aug["sigma"][1]) + 1, aug["sigma"])
+        steps.append(transforms.RandomApply([blur], aug["blur"]))
+    steps += [transforms.ToTensor(), transforms.Normalize(aug["mean"], aug["std"])]
     return transforms.Compose(steps)
 
 
@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--precropped", action="store_true", help="the images are crops already")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    spec = dict(
+    aug = dict(
         size=args.size,
         crop=(0.2, 1.0),
         flip=0.5,
@@ -91,13 +91,13 @@ def main():
     count = args.pil_images or max(20, 500 * 32 * 32 // args.size**2)
     pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in x[:count]]
     pil = [pil[i % len(pil)] for i in range(count)]
-    pipeline = pil_pipeline(spec)
+    pipeline = pil_pipeline(aug)
     if args.precropped:
         pipeline.transforms.pop(0)
 
     def batched(images):
-        params = common.draw(spec, len(images), generator)
-        return common.transform(images, params, spec, cropped=args.precropped)
+        params = common.sample_params(aug, len(images), generator)
+        return common.apply_params(images, params, aug, cropped=args.precropped)
 
     def per_image():
         return torch.stack([pipeline(image) for image in pil])

@@ -87,10 +87,10 @@ def main():
     for B, peak in zip(args.sizes, peaks, strict=True):
         V = features(B, device)
         repeats = args.repeats if B < 2 ** 14 else 1
-        search = seconds(lambda V=V: wcl.neighbours(V, V), device, repeats)
+        search = seconds(lambda V=V: wcl.neighbours(V), device, repeats)
         chain = torch.arange(1, B + 1, device=device).clamp(max=B - 1)
         chain[-1] = B - 2
-        for name, n in (("random", wcl.neighbours(V, V)[:, 0]), ("chain", chain)):
+        for name, n in (("random", wcl.neighbours(V)[:, 0]), ("chain", chain)):
             y = wcl.components(n)
             assert torch.equal(y.cpu(), scipy_components(n))
             labels = seconds(lambda n=n: wcl.components(n), device, args.repeats)

@@ -95,9 +95,9 @@ def slug(row):
     return "-".join("".join(c if c.isalnum() else " " for c in row[0].lower()).split())
 
 
-def work(args, row, seed):
+def run_row(args, row, seed):
     """One row with one seed: train, evaluate, keep log and evaluations under results/."""
-    spec, name = SETS[args.set], f"{slug(row)}-{seed}"
+    protocol, name = SETS[args.set], f"{slug(row)}-{seed}"
     folder, keep = Path("runs") / args.set / name, ROOT / "results" / args.set
     shared = ["--threads", "1", "--device", args.device]
     if args.set != "shapes-views":
@@ -105,39 +105,40 @@ def work(args, row, seed):
     keep.mkdir(parents=True, exist_ok=True)
     for kind, script in SCRIPTS.items():
         target = keep / f"{name}.{kind}.json"
-        if kind not in spec or target.exists():
+        if kind not in protocol or target.exists():
             continue
         if row[2] is None:
-            weights = ["none", *spec["untrained"].split(), "--seed", str(seed)]
+            weights = ["none", *protocol["untrained"].split(), "--seed", str(seed)]
         else:
             weights = [str(folder / "checkpoint.pt")]
-            python([*row[2].split(), "--seed", str(seed), *shared, "--out", str(folder)], folder)
+            run_script([*row[2].split(), "--seed", str(seed), *shared, "--out", str(folder)],
+                       folder)
             shutil.copy(ROOT / folder / "log.jsonl", keep / f"{name}.jsonl")
-        python([script, "--checkpoint", *weights, *spec[kind].split(), *shared,
+        run_script([script, "--checkpoint", *weights, *protocol[kind].split(), *shared,
                 "--out", str(folder / f"{kind}.json")], folder)
         shutil.copy(ROOT / folder / f"{kind}.json", target)
         print(f"{args.set}: {row[0]}, seed {seed}: {kind} done", flush=True)
     target = keep / f"{slug(row)}.state.json"
     if seed == args.seeds[0] and row[2] and not target.exists():
         folder = folder.with_name(f"{slug(row)}-state")
-        python([*row[2].split(), *shared, "--out", str(folder), "--limit-train", "600",
+        run_script([*row[2].split(), *shared, "--out", str(folder), "--limit-train", "600",
                 "--epochs", "2"], folder)
         target.write_text(json.dumps(state_bytes(ROOT / folder / "checkpoint.pt", 600)))
 
 
 def state_bytes(path, N):
     """Bytes an image of what a checkpoint keeps for each of its N images: name -> bytes."""
-    found, todo = {}, [("", torch.load(path, weights_only=True)["state"])]
+    sizes, todo = {}, [("", torch.load(path, weights_only=True)["state"])]
     while todo:
-        name, part = todo.pop()
-        if isinstance(part, dict):
-            todo += [(f"{name}.{key}".strip("."), value) for key, value in part.items()]
-        elif torch.is_tensor(part) and part.ndim and len(part) == N:
-            found[name] = part.numel() * part.element_size() // N
-    return found
+        name, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [(f"{name}.{key}".strip("."), inner) for key, inner in value.items()]
+        elif torch.is_tensor(value) and value.ndim and len(value) == N:
+            sizes[name] = value.numel() * value.element_size() // N
+    return sizes
 
 
-def python(words, folder):
+def run_script(words, folder):
     """Run a script of the project; its output goes to the run folder."""
     folder = ROOT / folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,18 +153,18 @@ def look_up(record, path):
     return record
 
 
-def table(args, spec):
+def collect(args, protocol):
     """The rows that are done, from their logs and evaluations: dicts of (values of the seeds)."""
     keep, done = ROOT / "results" / args.set, {}
-    for row in spec["rows"]:
+    for row in protocol["rows"]:
         results = [{} for _ in args.seeds]
         for kind in SCRIPTS:
             paths = [keep / f"{slug(row)}-{seed}.{kind}.json" for seed in args.seeds]
             if all(path.exists() for path in paths):
-                for found, path in zip(results, paths, strict=True):
-                    found.update(json.loads(path.read_text())["results"])
+                for of_seed, path in zip(results, paths, strict=True):
+                    of_seed.update(json.loads(path.read_text())["results"])
         cells = {name: [look_up(r, path) for r in results] for name, path in
-                 spec["columns"].items() if path.partition(".")[0] in results[0]}
+                 protocol["columns"].items() if path.partition(".")[0] in results[0]}
         if not cells:
             continue
         if row[2]:
@@ -178,12 +179,12 @@ def table(args, spec):
     return done
 
 
-def write(args, spec, done):
+def write_table(args, protocol, done):
     """The table as CSV (all digits) and markdown, and a picture of it."""
-    path = ROOT / "results" / spec.get("name", args.set)
+    path = ROOT / "results" / protocol.get("name", args.set)
     costs = [name for name in ("s / epoch", "MB", "B / image")
              if any(name in cells for cells in done.values())]
-    columns = ["row", "labels seen", *spec["columns"], *costs]
+    columns = ["row", "labels seen", *protocol["columns"], *costs]
     lines, digits = [columns, ["---"] * len(columns)], {"s / epoch": 1, "MB": 0, "B / image": 0}
     with open(path.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
@@ -203,17 +204,17 @@ def write(args, spec, done):
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
-    if "name" in spec:
-        picture(path.with_suffix(".png"), spec, done)
+    if "name" in protocol:
+        picture(path.with_suffix(".png"), protocol, done)
 
 
-def picture(path, spec, done):
+def picture(path, protocol, done):
     """One panel a column: mean and standard deviation of every row; the untrained one dashed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(spec["columns"])
+    names = list(protocol["columns"])
     figure, axes = plt.subplots(1, len(names), sharey=True, squeeze=False,
                                 figsize=(2.2 + 1.6 * len(names), 0.7 + 0.27 * len(done)))
     labels = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(row[1] for row in done))}
@@ -225,7 +226,7 @@ def picture(path, spec, done):
                           xerr=statistics.stdev(values) if len(values) > 1 else 0)
             if row[2] is None:
                 axis.axvline(statistics.mean(values), color="gray", ls="--", lw=0.8)
-        auroc = "AUROC, " if spec["columns"][name].endswith("AUROC") else ""
+        auroc = "AUROC, " if protocol["columns"][name].endswith("AUROC") else ""
         axis.set_title(f"{auroc}{name}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
@@ -248,13 +249,13 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", help="run only the rows whose name contains this")
     args = parser.parse_args()
-    spec = SETS[args.set]
-    jobs = [(row, seed) for row in spec["rows"] for seed in args.seeds
+    protocol = SETS[args.set]
+    jobs = [(row, seed) for row in protocol["rows"] for seed in args.seeds
             if args.only is None or args.only.lower() in row[0].lower()]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: work(args, *job), jobs))
+        list(pool.map(lambda job: run_row(args, *job), jobs))
 
-    write(args, spec, table(args, spec))
+    write_table(args, protocol, collect(args, protocol))
 
 
 if __name__ == "__main__":

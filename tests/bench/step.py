@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: data, augmentation, forward + backward, loss.
+"""Where the time of a training step goes: data, augmentation, forward, loss, backward, optimizer.
 
     python tests/bench/step.py                                            # CPU, very small ResNet
     python tests/bench/step.py --arch resnet18 --stem cifar --batch-size 512 --amp bf16   # GPU
@@ -38,7 +38,7 @@ def main():
     images = torch.randint(0, 256, (8 * args.batch_size, 3, 32, 32), dtype=torch.uint8).to(device)
     table = common.Table(dict(label=torch.zeros(len(images), dtype=torch.long)), {}, images)
     data = common.Data(table, table, args, device)
-    model = clinfonce.ClInfoNCE(args, 2).to(device, memory_format=common.layout(args)).train()
+    model = clinfonce.ClInfoNCE(args, 2).to(device, memory_format=common.memory_format(args))
     optimizer, times = common.optimizer(args, model), {}
 
     def done(part, since):
@@ -63,14 +63,15 @@ def main():
             x = common.augment(batch)
             t = tick("augmentation", t)
             with common.autocast(args, device):
-                z, = model(x.flatten(0, 1))
+                z, _ = model(*x)
             t = tick("forward", t)
-            loss = clinfonce.cl_infonce(z.unflatten(0, x.shape[:2]), batch.rows // 2)
-            common.finite(loss, i)
+            loss = clinfonce.cl_infonce(z, batch.rows // 2)
             t = tick("loss", t)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             t = tick("backward", t)
+            common.check_loss(loss, i)
+            t = tick("check", t)
             optimizer.step()
             tick("optimizer", t)
         return 1e3 * (done(None, 0) - begin) / bench.steps
