@@ -155,6 +155,12 @@ def moco(q, k, Q, tau):
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
+def infomin(q, q_jig, k, Q, tau, beta):
+    """Instance loss of InfoMin: queries q (2, b, D) and a jigsaw query (b, D), one key; scalar."""
+    both = (moco(q[0], k, Q, tau) + moco(q[1], k, Q, tau)) / 2
+    return (1 - beta) * both + beta * moco(q_jig, k, Q, tau)
+
+
 def byol(p, z):
     """BYOL: each view's prediction against the other view's target, the mean over rows and views;
     p, z (2, b, D)."""
@@ -419,12 +425,10 @@ def train(args):
             loss = npid_loss(f_I, bank, batch, args)                                    # E2, E3
         elif args.base == "byol":
             loss = byol(p, keys)
+        elif args.base == "infomin":
+            loss = infomin(f_I, q_jig, keys[batch.own], queue.keys, args.tau, args.beta)
         else:
-            k = keys[batch.own]                                 # (b, D)
-            loss = sum(moco(q, k, queue.keys, args.tau) for q in f_I) / 2               # E5
-        if args.base == "infomin":
-            jig = moco(q_jig, k, queue.keys, args.tau)
-            loss = (1 - args.beta) * loss + args.beta * jig
+            loss = sum(moco(q, keys[batch.own], queue.keys, args.tau) for q in f_I) / 2  # E5
         stats = {}
         if args.lambda_cld > 0:
             f_G = common.gather(f_G)                            # (2, B, D)

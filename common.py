@@ -2252,8 +2252,8 @@ class Parser(argparse.ArgumentParser):
             reject_unused(args, ["momentum"], "by --optimizer adamw")
         if self.trains and args.dataset.startswith("shapes") and not vars(args).get("evaluate"):
             reject_unused(args, ["data_dir", "train_file", "test_file", "image_root", "classes",
-                          "download"], f"by --dataset {args.dataset}, which is built in: name "
-                   "another --dataset")
+                                 "download"], f"by --dataset {args.dataset}, which is built in: "
+                          "name another --dataset")
         if self.trains and Path(args.out).is_file():
             raise BadInput(f"--out {args.out} is a file; name a folder")
         return args

@@ -1049,7 +1049,7 @@ def check(args):
     """Defaults of the loss; BadInput for flags that do not go together."""
     uses, names = LOSSES[args.loss], {name for flags in LOSSES.values() for name in flags}
     common.reject_unused(args, sorted(names - uses.keys()), f"by --loss {args.loss}; it uses: "
-                  f"{', '.join(uses) or 'none of them'}")
+                         f"{', '.join(uses) or 'none of them'}")
     for name in names:
         value = getattr(args, name, None) if name in uses else None  # eps has no flag
         setattr(args, name, uses.get(name) if value is None else value)
@@ -1058,7 +1058,7 @@ def check(args):
     if args.batch_size < 2 and not args.evaluate:
         raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
     common.check_ranges(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["warmup"],
-                   share=["gamma", "lambda_mi"])
+                        share=["gamma", "lambda_mi"])
     if args.tau_bounds is not None:
         low, high = args.tau_bounds
         if not 0 < low < high:

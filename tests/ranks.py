@@ -38,6 +38,15 @@ def close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def dropping_gather(x):
+    """The field's common bug: the own rows take the place of their copy, and nothing makes up for
+    DDP's mean."""
+    parts = [torch.empty_like(x) for _ in range(common.world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[common.rank()] = x
+    return torch.cat(parts, -2)
+
+
 def blobs(n, seed):
     """n small images of four flat colours with a little noise: no rounding moves a cluster."""
     g = torch.Generator().manual_seed(seed)

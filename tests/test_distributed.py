@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from ranks import NS, blob_tables, close, many, normal, own_rows
+from ranks import NS, blob_tables, close, dropping_gather, many, normal, own_rows
 from torch import nn
 
 import clinfonce
@@ -82,15 +81,6 @@ def case_gather(folder):
     detached = common.gather(own.detach())
     return dict(rows=everyone.detach(), grad=own.grad, both=both.detach(), grad_both=views.grad,
                 detached=detached.requires_grad)
-
-
-def dropping_gather(x):
-    """The field's common bug: the own rows take the place of their copy, and nothing makes up for
-    DDP's mean."""
-    parts = [torch.empty_like(x) for _ in range(common.world())]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[common.rank()] = x
-    return torch.cat(parts, -2)
 
 
 def step(kind, gather):

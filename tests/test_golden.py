@@ -1481,8 +1481,8 @@ def test_infomin(case):
         k = step["k"]
         for name, stored in (("q1", "logits1"), ("q2", "logits2"), ("q_jig", "logits_jig")):
             exact(moco_logits(queries[name], k, queue.keys, t), step[stored], what=stored)
-        l = {name: cld.moco(q, k, queue.keys, t) for name, q in queries.items()}
-        loss = (1 - beta) * (l["q1"] + l["q2"]) / 2 + beta * l["q_jig"]
+        q = torch.stack([queries["q1"], queries["q2"]])
+        loss = cld.infomin(q, queries["q_jig"], k, queue.keys, t, beta)
         exact(loss, step["loss"], what="loss")
         loss.backward()
         for name, x in queries.items():

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from ranks import NS, blob_tables, close, many, normal
+from ranks import NS, blob_tables, close, dropping_gather, many, normal
 from runs import SMALL, end, log_of, start, torchrun
 from torch import nn
 
@@ -339,15 +338,6 @@ def train(folder, more, norm=False):
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         wcl.train(flags("--out", folder, *more))
     return made[0].state_dict()
-
-
-def dropping_gather(x):
-    """The field's common bug: the own rows take the place of their copy, and nothing makes up for
-    DDP's mean."""
-    parts = [torch.empty_like(x) for _ in range(common.world())]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[common.rank()] = x
-    return torch.cat(parts, -2)
 
 
 def case_train(folder):
