@@ -266,7 +266,7 @@ def auxiliary_ids(table, args):
         if args.dataset != "csv":
             raise common.BadInput(f"--clusters {name} needs --hierarchy FILE")
         name = f"label_gran_{name}"
-    about = {}
+    quality = {}
     if name in ("instance", "kmeans", "-1"):  # "-1" makes one cluster of all in the released code
         ids = torch.arange(len(table))
     elif name in ("label", "0"):
@@ -279,7 +279,7 @@ def auxiliary_ids(table, args):
             raise common.BadInput(f"--clusters {name}: the data set has no column of attributes")
         matrix = torch.stack([table.column(c) for c in names], 1)  # (N, A)
         order, bits = rank_attributes(matrix)
-        about["attributes"] = {names[j]: round(bits[j].item(), 4) for j in order.tolist()}
+        quality["attributes"] = {names[j]: round(bits[j].item(), 4) for j in order.tolist()}
         try:
             ids = attribute_clusters(matrix, int(name.split(":")[1]))
         except ValueError:
@@ -307,8 +307,8 @@ def auxiliary_ids(table, args):
     if name == "kmeans" and len(ids) < 10 * args.k:
         common.print_rank0(f"warning: --k {args.k} for {len(ids)} images is fewer than 10 images a "
                            "cluster")
-    about.update(K=ids.unique().numel(), **information(ids, label))
-    return ids.unique(return_inverse=True)[1] if args.loss == "ce" else ids, about
+    quality.update(K=ids.unique().numel(), **information(ids, label))
+    return ids.unique(return_inverse=True)[1] if args.loss == "ce" else ids, quality
 
 
 def _hierarchy_ids(table, args, name):
@@ -388,8 +388,8 @@ def train(args):
     clusterings = check(args)
     device = common.setup(args)
     data = common.load(args, device)
-    ids, about = auxiliary_ids(data.train, args)
-    model = ClInfoNCE(args, about["K"]).to(device, memory_format=common.memory_format(args))
+    ids, quality = auxiliary_ids(data.train, args)
+    model = ClInfoNCE(args, quality["K"]).to(device, memory_format=common.memory_format(args))
     clusters = Clusters(ids).to(device)
     network = common.distribute(model, args, unused=args.dual)
     optimizer, scaler = common.optimizer(args, model), common.scaler(args, device)
@@ -407,7 +407,7 @@ def train(args):
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
 
     if first_step == 0:
-        report_clusters(log, args, about)
+        report_clusters(log, args, quality)
         common.start_run(state, args, data, strong, evaluate)
 
     for batch in data.batches(first_step, steps, aug, views=1 if args.loss == "ce" else 2):
@@ -442,12 +442,12 @@ def train(args):
     common.summary(log, args, f"Cl-InfoNCE, clusters {args.clusters}, {args.dataset}", first_step)
 
 
-def report_clusters(log, args, about):
+def report_clusters(log, args, quality):
     """Write what the clusters say about the labels to the log and the screen."""
-    log.write(step=0, clusters=args.clusters, **about)
+    log.write(step=0, clusters=args.clusters, **quality)
     name = args.clusters + " (until the first K-means: every image)" * (args.clusters == "kmeans")
     common.print_rank0("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, "
-                       "I(Z;T) = {I_Z_T:.4f} bits, T = {}".format(name, args.label, **about))
+                       "I(Z;T) = {I_Z_T:.4f} bits, T = {}".format(name, args.label, **quality))
 
 
 def warmup_rule(epoch, epochs, lr, min_lr=1e-5):

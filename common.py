@@ -351,12 +351,12 @@ class Table:
 
     def select(self, rows):
         """Table of the given rows (int64), in that order."""
-        def pick(x):
+        def rows_of(x):
             return None if x is None else [x[i] for i in rows.tolist()]
 
         return Table({k: v[rows] for k, v in self.columns.items()}, self.classes,
-                     None if self.images is None else self.images[rows], pick(self.paths),
-                     pick(self.captions), self.index[rows], self.notes)
+                     None if self.images is None else self.images[rows], rows_of(self.paths),
+                     rows_of(self.captions), self.index[rows], self.notes)
 
 
 def balanced_rows(labels, n, seed):
@@ -533,17 +533,17 @@ def _folder(args):
     def files(folder):
         return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
 
-    def table(folder, part):
+    def table(folder, held_out):
         paths, labels = [], []
         for c, name in enumerate(names or ["."]):
             if not (folder / name).is_dir():
                 raise BadInput(f"class folder {folder / name} is missing")
-            found = files(folder / name)
-            if not found:
+            images = files(folder / name)
+            if not images:
                 raise BadInput(f"folder {folder / name} has no image")
-            found = [p for i, p in enumerate(found) if part in (None, i % 5 == 4)]
-            paths += [str(p) for p in found]
-            labels += [c] * len(found)
+            images = [p for i, p in enumerate(images) if held_out in (None, i % 5 == 4)]
+            paths += [str(p) for p in images]
+            labels += [c] * len(images)
         if not paths:
             raise BadInput(f"{folder}: every fifth image of a class is held out, and no class has "
                            "five; add images, or a folder train/ and a folder val/")
@@ -622,16 +622,16 @@ def csv_table(root, file, class_names):
     columns["label"] = torch.tensor([place[str(v)] for v in values])
     classes["label"] = names
     paths = [_inside(root, p, source, i) for p, i in zip(frame["path"], index, strict=True)]
-    found = torch.tensor([p is not None for p in paths])
+    exists = torch.tensor([p is not None for p in paths])
     notes = []
-    if lost := int((~found).sum()):
-        first = frame["path"][int((~found).long().argmax())]
+    if lost := int((~exists).sum()):
+        first = frame["path"][int((~exists).long().argmax())]
         notes = [f"{source}: {lost} of {len(paths)} images are missing, the first is {first}"]
         if lost > 0.01 * len(paths):
             raise BadInput(f"{notes[0]} (looked in {root})")
     table = Table(columns, classes, paths=paths,
                   index=torch.tensor([int(i.split(".")[0]) for i in index]), notes=notes)
-    return table.select(found.nonzero().flatten()) if lost else table
+    return table.select(exists.nonzero().flatten()) if lost else table
 
 
 def _captions(args):
@@ -1546,8 +1546,8 @@ def warmup_cosine(step, steps, lr, warmup=0, start=0.0, floor=0.0):
     """Rate of step (from 0): linear from `start` to lr in `warmup` steps, cosine to `floor`."""
     if step < warmup:
         return start + (lr - start) * step / warmup
-    part = (step - warmup) / max(1, steps - warmup)
-    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * part))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * progress))
 
 
 def cosine_by_epoch(epoch, epochs, lr, floor=0.0):
@@ -1831,10 +1831,10 @@ def _same_flags(old, args, method):
                        "use another --out, or the same flags to go on")
 
 
-def summary(log, args, title, first_step, more=(), panels=()):
+def summary(log, args, title, first_step, extra_lines=(), panels=()):
     """Pictures and the last words of a run, on rank 0: what was learnt, where it is, what next.
 
-    more: further lines; panels: further curves, pairs (name in the log, or several, title).
+    extra_lines: of the method; panels: further curves, pairs (name in the log, or several, title).
     """
     if log.bar is not None:
         log.bar.close()
@@ -1850,7 +1850,8 @@ def summary(log, args, title, first_step, more=(), panels=()):
         lines += [f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
                   f"(column {args.label}, K = {min(args.knn_k, log.header['data']['train'])}, "
                   f"T = {args.knn_t})"]
-    lines += [*more, f"  checkpoint   {folder / 'checkpoint.pt'}", f"  log          {log.path}",
+    lines += [*extra_lines, f"  checkpoint   {folder / 'checkpoint.pt'}",
+              f"  log          {log.path}",
               f"  pictures     {', '.join(str(folder / p) for p in pictures) or 'none'}"]
     if knn:  # which needs labels, as the evaluation does
         lines += [f"  next         {next_command}"]
@@ -1878,27 +1879,27 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def curves(log, args, more=()):
-    """Loss, learning rate, kNN accuracy and `more` (name, title) over the epochs as curves.png;
+def curves(log, args, panels=()):
+    """Loss, learning rate, kNN accuracy and `panels` (name, title) over the epochs as curves.png;
     None without matplotlib."""
     plt, records = pyplot(), log.records()
-    panels = []  # (title, [(name, points)])
+    drawn = []  # (title, [(name, points)])
     for names, title in (("loss", "loss"), ("lr", "learning rate"),
-                         ("knn_top1", f"kNN top-1 on {args.label} (%)"), *more):
-        found = [(k, [(r["step"] / log.steps_per_epoch, r[k]) for r in records
+                         ("knn_top1", f"kNN top-1 on {args.label} (%)"), *panels):
+        lines = [(k, [(r["step"] / log.steps_per_epoch, r[k]) for r in records
                       if r.get(k) is not None])
                  for k in ([names] if isinstance(names, str) else names)]
-        if any(points for _, points in found):
-            panels.append((title, found))
-    if plt is None or not panels:
+        if any(points for _, points in lines):
+            drawn.append((title, lines))
+    if plt is None or not drawn:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-    for axis, (title, found) in zip(axes[0], panels, strict=True):
-        for name, points in found:
+    figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 3), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], drawn, strict=True):
+        for name, points in lines:
             axis.plot(*zip(*points), marker="o" if len(points) < 30 else None, ms=3, label=name)
         axis.set(xlabel="epoch", title=title)
         axis.grid(alpha=0.3)
-        if len(found) > 1:
+        if len(lines) > 1:
             axis.legend(fontsize=8)
     figure.suptitle(f"{args.method}, {source(args)}", fontsize=10)
     figure.tight_layout()
@@ -2009,7 +2010,7 @@ def top_k(query, bank, k, own=None, chunk=2 ** 25):
         raise BadInput(f"{k} neighbours asked for, the bank has {N - (own is not None)} rows")
     columns = min(N, max(k, 2 ** 14))
     rows = max(1, chunk // columns)
-    found = [[] for _ in range(0, Q, rows)]
+    nearest = [[] for _ in range(0, Q, rows)]
     for start in range(0, N, columns):  # the bank outermost: a block is moved once
         block = bank[start:start + columns].to(query.device, query.dtype)
         for i, q in enumerate(range(0, Q, rows)):
@@ -2020,12 +2021,12 @@ def top_k(query, bank, k, own=None, chunk=2 ** 25):
                 sims[inside, at[inside]] = -math.inf
             best, at = sims.topk(min(k, len(block)), dim=1)
             at = at + start
-            if found[i]:
-                best, at = (torch.cat(pair, 1) for pair in zip(found[i], (best, at), strict=True))
+            if nearest[i]:
+                best, at = (torch.cat(pair, 1) for pair in zip(nearest[i], (best, at)))
                 best, order = best.topk(k, dim=1)
                 at = at.gather(1, order)
-            found[i] = (best, at)
-    return torch.cat([s for s, _ in found]), torch.cat([r for _, r in found])
+            nearest[i] = (best, at)
+    return torch.cat([s for s, _ in nearest]), torch.cat([r for _, r in nearest])
 
 
 def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
@@ -2091,14 +2092,14 @@ def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20
     place = torch.arange(1, depth + 1, device=query.device)
     sums = torch.zeros(len(ks) + 2, dtype=torch.float64, device=query.device)
     mine = torch.arange(rank(), len(query), world(), device=query.device)
-    for part in mine.split(max(1, 2 ** 25 // depth)):  # depth is large where a class is
-        _, rows = top_k(query[part], bank, depth, part if alone else None)
-        right = bank_labels[rows] == query_labels[part, None]  # (q, depth)
+    for q in mine.split(max(1, 2 ** 25 // depth)):  # depth is large where a class is
+        _, rows = top_k(query[q], bank, depth, q if alone else None)
+        right = bank_labels[rows] == query_labels[q, None]  # (q, depth)
         for i, k in enumerate(ks):
             sums[i] += right[:, :k].any(1).sum()
-        precision = right.cumsum(1) / place * (right & (place <= R[part, None]))
-        has = R[part] > 0
-        sums[-2] += (precision.double().sum(1)[has] / R[part][has]).sum()
+        precision = right.cumsum(1) / place * (right & (place <= R[q, None]))
+        has = R[q] > 0
+        sums[-2] += (precision.double().sum(1)[has] / R[q][has]).sum()
         sums[-1] += has.sum()
     *hits, average, counted = all_reduce_sum(sums).tolist()
     result = {f"R@{k}": 100 * n / len(query) for k, n in zip(ks, hits, strict=True)}

@@ -382,9 +382,9 @@ def train(args):
         if common.end_step(step, state, args, data, evaluate):
             break
     unseen = "" if args.dataset == "shapes" else " --outliers NAME=FILE"
-    common.summary(log, args, f"RINCE, --loss {args.loss}, {args.dataset}", first_step, more=[
-        *([f"  ranks        {args.out}/ranks.json"] if args.loss != "ce" else []),
-        f"  OOD test     python ood_eval.py --checkpoint {args.out}/checkpoint.pt{unseen}"])
+    lines = [f"  ranks        {args.out}/ranks.json"] if args.loss != "ce" else []
+    lines += [f"  OOD test     python ood_eval.py --checkpoint {args.out}/checkpoint.pt{unseen}"]
+    common.summary(log, args, f"RINCE, --loss {args.loss}, {args.dataset}", first_step, lines)
 
 
 def learning_rate(step, steps_per_epoch, args):

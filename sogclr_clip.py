@@ -451,9 +451,9 @@ class Towers(nn.Module):
     """Both encoders: images (b, 3, S, S) and tokens (b, L), or one of them and None, to a pair of
     features (b, D), unit-norm or raw, with None for None."""
 
-    def __init__(self, clip, unit=True):
+    def __init__(self, clip, normalize=True):
         super().__init__()
-        self.clip, self.unit = clip, unit
+        self.clip, self.normalize = clip, normalize
         for name, parameter in clip.named_parameters():
             if name in ("logit_scale", "logit_bias"):  # the temperature is part of the loss here
                 parameter.requires_grad_(False)
@@ -461,7 +461,9 @@ class Towers(nn.Module):
     def forward(self, images, tokens=None):
         x = None if images is None else self.clip.encode_image(images).float()
         t = None if tokens is None else self.clip.encode_text(tokens).float()
-        return tuple(F.normalize(y, dim=1) if y is not None and self.unit else y for y in (x, t))
+        if not self.normalize:
+            return x, t
+        return tuple(None if y is None else F.normalize(y, dim=1) for y in (x, t))
 
 
 class TempNet(nn.Module):
@@ -524,7 +526,7 @@ class Objective(nn.Module):
     def __init__(self, args, pairs, D):
         super().__init__()
         self.args, loss, flags = args, args.loss, LOSSES[args.loss]
-        self.about = dict(images=pairs.N_I, captions=pairs.N_T, crc=pairs.crc)
+        self.data = dict(images=pairs.N_I, captions=pairs.N_T, crc=pairs.crc)
         start = dict(log_u=-math.inf) if "gamma" in flags and loss != "onlineclr" else {}
         if "eps" in flags and loss != "fastclip":
             start["b"] = 0
@@ -549,12 +551,12 @@ class Objective(nn.Module):
 
     def get_extra_state(self):
         """Which data the ids mean."""
-        return self.about
+        return self.data
 
     def set_extra_state(self, state):
         """Raises: ValueError for the state of other data, whose ids mean something else."""
-        if state != self.about:
-            raise ValueError(f"its tables belong to other data: {state}, here {self.about}")
+        if state != self.data:
+            raise ValueError(f"its tables belong to other data: {state}, here {self.data}")
 
     def forward(self, X, Y, p, q, negative, step, epoch):
         """Loss of the batch, and scalars for the log. `update` writes the new state.
@@ -912,7 +914,7 @@ def train(args):
         in_memory(data, table)
     clip, tokenizer = towers(args)
     pairs, test = (Pairs(t, tokenizer, device) for t in (data.train, data.test))
-    model = Towers(clip, unit=args.loss != "vicreg")
+    model = Towers(clip, normalize=args.loss != "vicreg")
     model = model.to(device, memory_format=common.memory_format(args))
     objective = Objective(args, pairs, encode(model, pairs.tokens[:1]).shape[1]).to(device)
     network = common.distribute(model, args)
@@ -956,7 +958,7 @@ def train(args):
             break
     common.summary(
         log, args, f"{args.loss} on {args.dataset}, {args.model}, batch {args.batch_size}",
-        first_step, more=[] if common.should_stop() else report(
+        first_step, extra_lines=[] if common.should_stop() else report(
             log, args, objective, model, data, test, *evaluate_clip(model, tokenizer, data, test)),
         panels=[("mean", "mean (%)"), ("zero-shot top-1", "zero-shot top-1 (%)"), ("tau", "tau"),
                 ("tau_I", "mean tau of images"), ("log_u_I", "mean log u of images")])

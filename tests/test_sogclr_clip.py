@@ -41,15 +41,15 @@ def flags(*more):
 class Toy(nn.Module):
     """Stands in for the towers: no BatchNorm, float64, inputs are vectors."""
 
-    def __init__(self, unit):
+    def __init__(self, normalize):
         super().__init__()
         torch.manual_seed(0)
-        self.image, self.text, self.unit = nn.Linear(5, D), nn.Linear(4, D), unit
+        self.image, self.text, self.normalize = nn.Linear(5, D), nn.Linear(4, D), normalize
         self.double()
 
     def forward(self, images, tokens):
         out = self.image(images).tanh(), self.text(tokens)
-        return tuple(F.normalize(y, dim=1) if self.unit else y for y in out)
+        return tuple(F.normalize(y, dim=1) if self.normalize else y for y in out)
 
 
 VARIANTS = {name: ["--loss", name] for name in sogclr_clip.LOSSES} | {
@@ -127,7 +127,7 @@ def case_dropped(folder):
 class SmallTowers(nn.Module):
     """Both towers on small images and vectors in float64, the image tower with BatchNorm or not."""
 
-    def __init__(self, norm, unit):
+    def __init__(self, norm, normalize):
         super().__init__()
         torch.manual_seed(0)
         self.image = common.resnet("resnet-tiny")
@@ -136,12 +136,13 @@ class SmallTowers(nn.Module):
                 for name, child in module.named_children():
                     if isinstance(child, nn.BatchNorm2d):
                         setattr(module, name, nn.Identity())
-        self.head, self.text, self.unit = nn.Linear(self.image.width, D), nn.Linear(4, D), unit
+        self.head, self.text = nn.Linear(self.image.width, D), nn.Linear(4, D)
+        self.normalize = normalize
         self.double()
 
     def forward(self, images, tokens):
         out = self.head(self.image(images)), self.text(tokens)
-        return tuple(F.normalize(y, dim=1) if self.unit else y for y in out)
+        return tuple(F.normalize(y, dim=1) if self.normalize else y for y in out)
 
 
 PARTED = ["clip", "sogclr", "isogclr", "isogclr-tempnet", "hybrid", "vicreg"]
