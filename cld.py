@@ -174,14 +174,14 @@ def cld(f, k, iters=5, tau=0.2, k_eigen=0, group_rows=0):
         f: (2, B, D) unit-norm group features f_G of both views, with gradient.
         k, iters, k_eigen: see `group`.
         tau: T_G > 0.
-        group_rows: groups are made in parts of so many rows, 0: of the whole batch.
+        group_rows: groups are made in parts of so many rows, which divide B; 0: of all rows.
     Returns: L_CLD, scalar; scalar without gradient, the share of the rows of view 1 whose nearest
         centroid of view 2 is that of their group there (the authors' group accuracy).
     """
     losses, hits = [], []
-    for part in upcast(f).split(group_rows or f.shape[1], 1):  # (2, rows, D)
-        groups = [group(x, k, iters, k_eigen) for x in part]
-        for x, (ids, M) in zip(part, reversed(groups)):  # groups of the other view
+    for views in upcast(f).unflatten(1, (-1, group_rows or f.shape[1])).unbind(1):  # (2, rows, D)
+        groups = [group(x, k, iters, k_eigen) for x in views]
+        for x, (ids, M) in zip(views, reversed(groups)):  # groups of the other view
             logits = x @ M.T / tau  # (rows, k); an empty group has logit 0 and is never a target
             losses.append(F.cross_entropy(logits, ids))  # E7
             hits.append((logits.argmax(1) == ids).double().mean())

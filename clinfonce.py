@@ -111,9 +111,8 @@ def cl_infonce(z, ids=None, tau=0.1, base_tau=0.07):
     V, B = z.shape[:2]
     u = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, 1)  # (VB, D), view after view
     ids = torch.arange(B, device=z.device) if ids is None else ids
-    itself = torch.eye(V * B, dtype=torch.bool, device=z.device)
-    P = (ids[:, None] == ids).repeat(V, V) & ~itself  # (VB, VB) P(a)
-    s = (u @ u.T / tau).masked_fill(itself, float("-inf"))  # s_ac over A(a)
+    P = (ids[:, None] == ids).repeat(V, V).fill_diagonal_(False)  # (VB, VB) P(a)
+    s = (u @ u.T / tau).fill_diagonal_(float("-inf"))  # s_ac over A(a): all but a
     log_p = s.log_softmax(1).masked_fill(~P, 0)
     l = -(tau / base_tau) * log_p.sum(1) / P.sum(1).clamp(min=1)  # (VB,) E1, T/T0: E4
     # differs from the released code: there an anchor without positive makes everything NaN

@@ -108,10 +108,10 @@ def sup_con(v, y, tau=0.1):
     to the anchors only.
     """
     v = v.to(torch.promote_types(v.dtype, torch.float32))
-    itself = torch.eye(len(v), dtype=torch.bool, device=v.device)
-    P = (y[:, None] == y) & ~itself  # (B, B) P(i)
+    P = (y[:, None] == y).fill_diagonal_(False)  # (B, B) P(i)
+    s = (v @ v.detach().T / tau).fill_diagonal_(float("-inf"))  # k != i
     # differs from the released code: it exponentiates first, and overflows for tau below 0.0113
-    log_p = (v @ v.detach().T / tau).masked_fill(itself, float("-inf")).log_softmax(1)  # k != i
+    log_p = s.log_softmax(1)
     rows = -log_p.masked_fill(~P, 0).sum(1) / P.sum(1).clamp(min=1)  # E4
     # differs from the released code: a row without positive makes everything NaN there
     return rows.sum() / P.any(1).sum().clamp(min=1)
