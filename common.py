@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -43,6 +44,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import functional as tvf
+from torchvision.transforms import v2
 
 # ---------------------------------------------------------------------------------- 1 distributed
 
@@ -59,7 +61,8 @@ class RunFailed(Exception):
         self.alone = alone
 
 
-_bars = []  # progress bars at work
+_bars = []  # open progress bars
+_signal = dict(asked=False, agreed=False)  # SIGTERM: seen by this rank; known to all ranks
 
 
 def rank():
@@ -83,15 +86,15 @@ def run(train, parser, argv=None):
     try:
         train(parser.parse_args(argv))
         if dist.is_initialized():
-            # in torch 2.4 this holds Python's lock while it waits for gloo's threads, which need it
-            # to let go of the last tensors: the sleep gives it to them, else both wait for ever
+            # torch 2.4 waits here for gloo's threads and holds the lock that they need in order to
+            # free their last tensors: the sleep lets them finish first and avoids a deadlock
             time.sleep(0.1)
             dist.destroy_process_group()
     except (BadInput, RunFailed) as error:
         while _bars:  # keeps the message off the progress bar's line
             _bars.pop().close()
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
-            text = " ".join(str(error).splitlines())  # pandas' messages have several
+            text = " ".join(str(error).splitlines())  # messages of pandas have several lines
             print(f"{parser.prog}: error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
     except KeyboardInterrupt:
@@ -106,25 +109,23 @@ def setup(args):
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no CUDA device; use --device cpu")
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    if cuda and local_size > torch.cuda.device_count():
-        raise BadInput(
-            f"{local_size} processes on a machine with {torch.cuda.device_count()} GPU(s): "
-            f"use --nproc_per_node={torch.cuda.device_count()} or --device cpu"
-        )
+    if args.device == "cuda" and not cuda:
+        raise BadInput("--device cuda: torch sees no CUDA device; use --device cpu")
+    if cuda and local_size > (gpus := torch.cuda.device_count()):
+        raise BadInput(f"{local_size} processes on a machine with {gpus} GPU(s): use "
+                       f"--nproc_per_node={gpus} or --device cpu")
     if args.batch_size < 1 or args.batch_size % size:
         raise BadInput(f"--batch-size {args.batch_size} does not divide by {size} process(es)")
-    # torchrun sets one thread a process; on a CPU the cores are shared out instead
+    # torchrun sets one thread for each process; on a CPU the processes share all cores instead
     torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // local_size))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if size > 1 and not dist.is_initialized():
-        # gloo beside NCCL: the features of a very large data set lie on the CPU; four hours:
-        # K-means on rank 0 may take longer than the usual ten minutes
+        # gloo beside NCCL: features of a very large data set are gathered on the CPU.
+        # Four hours: K-means on rank 0 may take longer than the default of ten minutes.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                 timeout=timedelta(hours=4))
     if args.amp == "auto":
@@ -256,9 +257,6 @@ def distribute(model, args, unused=False):
         find_unused_parameters=unused)
 
 
-_signal = dict(asked=False, agreed=False)
-
-
 def check_loss(loss, step, stats=None, features=None, conditions=None):
     """Means over the processes of the loss and of `stats`, as floats, once they are known to be
     sound. Call it after backward(): it is the one place where a step waits for the device.
@@ -372,8 +370,7 @@ def balanced_rows(labels, n, seed):
 
 
 def _shapes(args):
-    """`shapes`: every image another object; `shapes-views`: training images of 512 objects, eight
-    renders of each, so strongly correlated."""
+    """`shapes` renders one image per object, `shapes-views` eight per training object."""
     def table(n, seed, renders=1):
         images, columns, classes, captions = shapes(n, seed, renders=renders)
         return Table(columns, classes, images, captions=captions)
@@ -387,40 +384,32 @@ def _cifar(args):
         return tuple(npz_table(p) for p in packs)
     source = getattr(torchvision.datasets, args.dataset.upper())
     tables = []
-    for train in (True, False):
-        data = _torchvision(source, args, train=train)
+    for split in ("train", "test"):
+        data = _torchvision(source, args, train=split == "train")
         columns, classes = dict(label=torch.tensor(data.targets)), dict(label=list(data.classes))
-        if args.dataset == "cifar100":  # torchvision reads the fine labels only
-            columns["coarse"], classes["coarse"] = _cifar100_coarse(data, train)
+        if args.dataset == "cifar100":  # torchvision reads only the fine labels of these files
+            labels, meta = (
+                pickle.loads((Path(data.root, data.base_folder) / name).read_bytes(),
+                             encoding="latin1") for name in (split, "meta"))
+            columns["coarse"] = torch.tensor(labels["coarse_labels"])
+            classes["coarse"] = meta["coarse_label_names"]
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         tables.append(Table(columns, classes, images))
     return tuple(tables)
 
 
-def _cifar100_coarse(data, train):
-    import pickle
-
-    def read(name):  # torchvision has checked and unpickled the same files before
-        with open(Path(data.root) / data.base_folder / name, "rb") as file:
-            return pickle.load(file, encoding="latin1")
-
-    return (torch.tensor(read("train" if train else "test")["coarse_labels"]),
-            read("meta")["coarse_label_names"])
-
-
 def _stl10(args):
-    """`stl10`: 5,000 labelled training images; `stl10-full`: 100,000 unlabelled ones (-1) more."""
-    split = "train" if args.dataset == "stl10" else "train+unlabeled"
+    """`stl10`: 5,000 labelled training images; `stl10-full` adds 100,000 unlabelled ones (-1)."""
     tables = []
-    for name in (split, "test"):
-        data = _torchvision(torchvision.datasets.STL10, args, split=name)
-        labels = torch.from_numpy(data.labels).long()
-        tables.append(Table(dict(label=labels), dict(label=list(data.classes)),
-                            torch.from_numpy(data.data)))
+    for split in ("train" if args.dataset == "stl10" else "train+unlabeled", "test"):
+        data = _torchvision(torchvision.datasets.STL10, args, split=split)
+        tables.append(Table(dict(label=torch.from_numpy(data.labels).long()),
+                            dict(label=list(data.classes)), torch.from_numpy(data.data)))
     return tuple(tables)
 
 
 def _torchvision(source, args, **which):
+    """A torchvision data set; with --download the first process of each machine fetches it."""
     if args.download and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
             source(args.data_dir, download=True, **which)
@@ -438,9 +427,9 @@ def _torchvision(source, args, **which):
 def npz_table(path, test=None):
     """Read an npz pack: JPEG bytes end to end in `jpeg`, `offsets` (N + 1), integer columns.
 
-    `labels` becomes column `label`, `coarse_labels` `coarse`; `attributes` (N, A) with
-    `attribute_names` becomes A columns; any other integer array of length N is a column of its
-    name. Value names: `classes`, `coarse_classes`, `values_<column>`.
+    Columns: `labels` becomes `label`, `coarse_labels` `coarse`; `attributes` (N, A) with
+    `attribute_names` becomes A columns; other integer arrays of length N keep their names.
+    Value names: `classes`, `coarse_classes`, `values_<column>`.
     test: None = all rows; False / True = the rows with `is_test` 0 / 1.
     Errors: BadInput with the file and row for a broken image or images of unequal size.
     """
@@ -465,8 +454,8 @@ def npz_table(path, test=None):
     columns = {rename.get(key, key): torch.from_numpy(array[rows].astype(np.int64))
                for key, array in arrays.items()
                if key != "is_test" and array.shape == (n,) and array.dtype.kind in "iu"}
-    classes = {name: arrays[key].tolist() for key, name in (
-        ("classes", "label"), ("coarse_classes", "coarse")) if key in arrays}
+    classes = {name: arrays[key].tolist() for name, key in dict(
+        label="classes", coarse="coarse_classes").items() if key in arrays}
     attributes = arrays.get("attributes", np.empty((n, 0)))
     names = arrays.get("attribute_names", np.empty(0, str)).tolist()
     if attributes.shape != (n, len(names)):
@@ -492,21 +481,20 @@ def npz_table(path, test=None):
 
 
 def _npz(args):
-    files = [args.train_file, args.test_file]
-    if files[0] is None:
+    if args.train_file is None:
         raise BadInput("--dataset npz needs --train-file (and --test-file, or is_test in it)")
-    train, test = (None if f is None else Path(args.data_dir) / f for f in files)
-    if test is None:
+    train = Path(args.data_dir) / args.train_file
+    if args.test_file is None:
         return npz_table(train, test=False), npz_table(train, test=True)
-    return npz_table(train), npz_table(test)
+    return npz_table(train), npz_table(Path(args.data_dir) / args.test_file)
 
 
 def _folder(args):
     """ImageFolder layout: DIR/train/<class>/*.jpg and DIR/val (or test)/<class>/*.jpg.
 
-    Without DIR/train the classes stand in DIR itself (or the images, unlabelled), and every fifth
-    image of a class is held out. --classes FILE: use these class folders only, one name a line
-    (or all on one line, between blanks).
+    Without DIR/train, DIR itself holds the class folders (or unlabelled images), and every fifth
+    image of a class is held out. --classes FILE names the class folders to use, one on each line
+    or all on one line.
     """
     root = Path(args.data_dir)
     if not root.is_dir():
@@ -530,15 +518,13 @@ def _folder(args):
         if not names:
             raise BadInput(f"--classes {args.classes} names no class")
 
-    def files(folder):
-        return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-
     def table(folder, held_out):
         paths, labels = [], []
         for c, name in enumerate(names or ["."]):
             if not (folder / name).is_dir():
                 raise BadInput(f"class folder {folder / name} is missing")
-            images = files(folder / name)
+            images = sorted(p for p in (folder / name).rglob("*")
+                            if p.suffix.lower() in IMAGE_ENDINGS)
             if not images:
                 raise BadInput(f"folder {folder / name} has no image")
             images = [p for i, p in enumerate(images) if held_out in (None, i % 5 == 4)]
@@ -635,8 +621,7 @@ def csv_table(root, file, class_names):
 
 
 def _captions(args):
-    """Pairs of images and captions. Without --train-file the test file stands for both, which is
-    enough to evaluate."""
+    """Pairs of images and captions. Without --train-file the test file is both tables."""
     if args.test_file is None:
         raise BadInput("--dataset captions needs --test-file (and --train-file to train)")
     test = captions_table(args.data_dir, args.test_file, args.image_root[-1])
@@ -735,7 +720,7 @@ SOURCES = {
 
 
 def load(args, device):
-    """Read --dataset into a `Data`: training and test table, and the batches of the training."""
+    """Read --dataset into a `Data`."""
     train, test = SOURCES[args.dataset](args)
     labels = train.column(args.label)
     if args.limit_train is not None:
@@ -744,9 +729,8 @@ def load(args, device):
         if table.images is not None:
             table.images = table.images.to(device)
     if args.randaugment and args.randaugment[0] and train.images is not None:
-        raise BadInput("--randaugment needs image files (--dataset folder or csv): images in "
-                       "memory are augmented on the device, where it does not exist; "
-                       "--randaugment 0 0 is none")
+        raise BadInput("--randaugment needs image files (--dataset folder or csv): the device, which "
+                       "augments images in memory, cannot do it; use --randaugment 0 0")
     return Data(train, test, args, device)
 
 
@@ -836,10 +820,10 @@ class Data:
             yield images
 
     def eval_batches(self, table, rows, size, resize, batch=256):
-        """Images of `rows` for evaluation: uint8-valued float (n, 3, S, S) on the device.
+        """Images of `rows` for evaluation: float (n, 3, S, S) in 0..255, on the device.
 
-        Resize the short side to the next power of two of S, then the central S x S, as the authors
-        of Cl-InfoNCE do; `resize`: resize to S x S without a crop (their dual form).
+        Resizes the short side to the next power of two of S and takes the central S x S, as the
+        authors of Cl-InfoNCE do. With `resize`, resizes to S x S without a crop (their dual form).
         """
         if table.images is None:
             cut = functools.partial(_eval_of_file, size=size, resize=resize)
@@ -857,19 +841,19 @@ class Data:
 
 
 class _Files:
-    """Decode an image once and cut it, in a worker: a list of uint8 arrays, or the path if it is
-    broken. A task is a row and a function of the PIL image."""
+    """Run tasks in a worker: pairs of a row and a function from its PIL image to uint8 arrays.
+    The path of a broken image is returned instead."""
 
     def __init__(self, paths):
         self.paths = paths
 
     def __getitem__(self, task):
-        row, cut = task
+        row, transform = task
         try:
             image = Image.open(self.paths[row]).convert("RGB")
         except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
             return self.paths[row]
-        return cut(image)
+        return transform(image)
 
 
 def _collate(items):
@@ -894,18 +878,14 @@ def _crops(image, groups):
 
 
 def randaugment(image, seed, aug):
-    """RandAugment of a PIL image by torchvision, a function of the seed; fill is the mean colour.
+    """RandAugment of a PIL image by torchvision, as a function of the seed.
 
-    The magnitude is of 0..10, and 10 is the largest that torchvision's table has.
+    The magnitude is 0 to 10, the largest that torchvision has; fill is the mean colour.
     """
-    from torchvision.transforms import v2
-
-    number, magnitude = aug["randaugment"]
-    change = v2.RandAugment(number, magnitude, num_magnitude_bins=11,
-                            fill=[255 * m for m in aug["mean"]])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return change(image)
+        return v2.RandAugment(*aug["randaugment"], num_magnitude_bins=11,
+                              fill=[255 * m for m in aug["mean"]])(image)
 
 
 def eval_transform(image, size, resize=False):
@@ -920,8 +900,8 @@ def _eval_of_file(image, size, resize):
 
 
 # The built-in data set: rendered shapes (synthetic; say so beside every figure made with it).
-# A shape is a function of its own coordinates, x to the right and y up, its outline within radius
-# 1 or little more: the distance to the outline (nearly), positive inside.
+# A shape is a function of coordinates x (right) and y (up): about the distance to its outline,
+# positive inside. The outline lies within a radius of about 1.
 SEEN = {
     "circle": lambda x, y: 0.88 - torch.hypot(x, y),
     "square": lambda x, y: 0.78 - torch.maximum(x.abs(), y.abs()),
@@ -953,8 +933,7 @@ SIZES = {"small": 0.65, "large": 0.86}  # radius; the frame is 2 wide
 
 
 def _factors(n, outlines, g):
-    """Columns, name -> (n,) int64, and class names of n objects; each factor, and label, balanced
-    and in random order."""
+    """Columns, name -> (n,) int64, and class names of n objects, for `shapes`."""
     def balanced(k):  # ids below k, each equally often (or once more)
         return torch.randperm(k, generator=g)[torch.randperm(n, generator=g) % k]
 
@@ -986,14 +965,14 @@ def _soft(distance):
 def shapes(n, seed=0, size=32, unseen=False, renders=1):
     """Render n images of one patterned shape each.
 
-    renders = r: images r i .. r i + r - 1 show one object, that is, the same factors, paints and
-    background, at another position, angle, scale and light, with other noise.
-    unseen: four other shapes, for out-of-distribution tests; all else is the same.
+    renders = r: images r i .. r i + r - 1 show one object, with the same factors, paints and
+    background, but another position, angle, scale, light and noise.
+    unseen: four other shapes, for out-of-distribution tests.
 
     Returns images (n, 3, size, size) uint8; columns, name -> (n,) int64: label (shape x pattern),
     coarse (shape), pattern, colour, size, background, object; classes, name -> class names of that
-    column; captions, n strings. Each factor, and label, is balanced and in random order. Ids mean
-    the same for every seed, except those of object.
+    column; captions, n strings. Labels and factors are balanced and in random order. Ids mean the
+    same for every seed, except those of object.
     """
     if n < 1 or renders < 1:
         raise ValueError(f"shapes: n and renders must be at least 1, got {n} and {renders}")
@@ -1006,7 +985,7 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(shape, generator=g, dtype=real)
 
-    # What the renders of an object share besides: paint on a pale ground, and its patterns.
+    # The renders of an object also share its paint, the pale ground, and the patterns' places.
     palette = torch.tensor([*COLOURS.values()], dtype=real)
     paint = palette[columns["colour"]] + uniform(-0.06, 0.06, N, 3)
     ground = uniform(0.6, 0.75, N, 1) + uniform(-0.03, 0.03, N, 3)
@@ -1041,13 +1020,12 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
         u, v = X / q + d + vary(0, 1), (Y + vary(-0.35, 0.35) * X) / q + e
         relief = _soft(_draw(PATTERNS, c["background"], u, v) * size / 16)
 
-        # Second tones are darker first ones; that of the ground only just, so that the object is
-        # what a network learns first.
+        # The second tone is darker. On the ground the contrast is low, so that a network learns
+        # the object first.
         front = paint[o, :, None, None] * (1 - 0.6 * tone[:, None])  # (B, 3, size, size)
         behind = ground[o, :, None, None] * (1 - 0.14 * relief[:, None])
-        image = torch.lerp(behind, front, inside[:, None])
         light = vary(0.85, 1.15) + vary(-0.15, 0.15) * X + vary(-0.15, 0.15) * Y
-        image = image * light[:, None]
+        image = torch.lerp(behind, front, inside[:, None]) * light[:, None]
         image += 0.04 * torch.randn(image.shape, generator=g, dtype=real)
         images[rows] = (255 * image).round().clamp(0, 255).to(torch.uint8)
     return images, columns, classes, captions
