@@ -729,8 +729,9 @@ def load(args, device):
         if table.images is not None:
             table.images = table.images.to(device)
     if args.randaugment and args.randaugment[0] and train.images is not None:
-        raise BadInput("--randaugment needs image files (--dataset folder or csv): the device, which "
-                       "augments images in memory, cannot do it; use --randaugment 0 0")
+        raise BadInput("--randaugment needs image files (--dataset folder or csv): only workers do "
+                       "it, and images in memory are augmented on the device; --randaugment 0 0 "
+                       "turns it off")
     return Data(train, test, args, device)
 
 
@@ -1033,9 +1034,8 @@ def shapes(n, seed=0, size=32, unseen=False, renders=1):
 
 # ---------------------------------------------------------------------------------- 3 augmentation
 
-# `sample_params` makes every random number of one view of the whole batch on the CPU;
-# `apply_params` applies a process's rows of them on the device. Letters: n images, H x W input,
-# S output size, P = S * S.
+# `sample_params` draws every random number of one view of the whole batch on the CPU;
+# `apply_params` applies a process's rows of them on the device. P = S * S.
 
 
 def augmentation(args, **changes):
@@ -1043,9 +1043,9 @@ def augmentation(args, **changes):
 
     size S; crop (lo, hi) share of the area, or None for the whole image; ratio (lo, hi) of its
     sides; jitter, strengths of brightness, contrast, saturation, hue; sigma (lo, hi) of the blur
-    in output pixels; mean and std; and the probabilities flip, jitter_p, gray, blur, solarize (at
-    0.5 of [0, 1]) and erase (one rectangle set to 0). randaugment (number, magnitude) or None:
-    done by the workers after the crop, so only where images are read from files.
+    in output pixels; mean and std; the probabilities flip, jitter_p, gray, blur, solarize (at 0.5
+    of [0, 1]) and erase (one rectangle set to 0); randaugment (number, magnitude) or None: workers
+    apply it after the crop, to images read from files.
     """
     mean, std = MEAN_STD.get(args.dataset, IMAGENET)
     aug = dict(
@@ -1065,7 +1065,7 @@ def _sides(u, area, scale, ratio):
 
 
 def _place(u, h, w, fits, height, width):
-    """The first attempt that fits, at a uniform position u (n, 2); (n, 4) float64."""
+    """Boxes (n, 4) float64: the first attempt that fits, at a uniform position u (n, 2)."""
     first = fits.int().argmax(1, keepdim=True)
     h, w = h.gather(1, first), w.gather(1, first)  # (n, 10) -> (n, 1)
     top = (u[:, :1] * (height - h + 1)).floor()
@@ -1077,7 +1077,7 @@ def crop_boxes(u, height, width, crop, ratio=(3 / 4, 4 / 3)):
     """Boxes of torchvision's RandomResizedCrop, from given uniforms.
 
     u: (n, 22) in [0, 1), ten attempts of (area, log ratio), then the position (top, left).
-    height, width: of the image, an int or an (n,) tensor. crop: (lo, hi) share of its area.
+    height, width: of the image, int or (n,). crop: (lo, hi) share of its area.
     Returns (n, 4) int64 top, left, h, w: the first attempt that fits, else the largest central
     crop whose aspect ratio is within `ratio`.
     """
@@ -1095,12 +1095,11 @@ def crop_boxes(u, height, width, crop, ratio=(3 / 4, 4 / 3)):
 def sample_params(aug, n, generator):
     """Every random number of one view of n images (the whole batch), as CPU tensors of n rows.
 
-    Image i has row i of one table of uniforms, so a rank slices its rows, and changing one
-    probability moves no other draw. Returns crop (n, 22) uniforms for `crop_boxes`; flip, jitter,
-    gray, solarize (n,) bool; factor (n, 4) float32 of brightness, contrast, saturation (around 1)
-    and hue (around 0, in turns); order (n, 4) int64, in which these four are applied; sigma (n,)
-    float32, 0 = no blur; erase (n, 4) int64 top, left, h, w of RandomErasing, h = 0 = none;
-    seed (n,) int64 of RandAugment.
+    Image i uses row i of one table of uniforms: a rank slices its rows, and changing a probability
+    moves no other draw. Returns crop (n, 22) uniforms for `crop_boxes`; flip, jitter, gray,
+    solarize (n,) bool; factor (n, 4) float32 of brightness, contrast, saturation (around 1) and
+    hue (around 0, in turns); order (n, 4) int64 of these four; sigma (n,) float32, 0 = no blur;
+    erase (n, 4) int64 top, left, h, w, h = 0 = none; seed (n,) int64 of RandAugment.
     Raises ValueError for a probability outside [0, 1] or a hue strength outside [0, 0.5].
     """
     for key in ("flip", "jitter_p", "gray", "blur", "solarize", "erase"):
@@ -1134,8 +1133,8 @@ def sample_params(aug, n, generator):
 def _resize_weights(box, flip, size, extent, device):
     """Weights (n, 2, S, extent) of the output rows and columns over the pixels of the image.
 
-    This is torch's bilinear filter with antialias=True: a triangle, widened by the scale when the
-    image shrinks, cut off at the crop. box (n, 4) and flip (n,) are on the CPU.
+    This is torch's bilinear filter with antialias=True: a triangle, wider when the image shrinks,
+    cut off at the crop. box (n, 4) and flip (n,) are on the CPU.
     """
     start, length = box.view(-1, 2, 2)[..., None].unbind(1)  # (n, 2, 1): vertical, horizontal
     scale = length.double() / size
@@ -1146,10 +1145,8 @@ def _resize_weights(box, flip, size, extent, device):
     inside = (pixel >= start) & (pixel < start + length)  # (n, 2, extent)
     centre = (start - 0.5 + i * scale).float()
     slope = (-1 / scale.clamp_min(1)).float()
-    pixel, inside, centre, slope = (
-        x.to(device, non_blocking=True)
-        for x in (pixel, inside[:, :, None].float(), centre[..., None], slope[..., None])
-    )
+    pixel, inside, centre, slope = (x.to(device, non_blocking=True) for x in (
+        pixel, inside[:, :, None].float(), centre[..., None], slope[..., None]))
     weight = (pixel - centre).abs_().mul_(slope).add_(1).clamp_(min=0).mul_(inside)
     return weight.div_(weight.sum(-1, keepdim=True))
 
@@ -1165,8 +1162,8 @@ def _shift_hue(planes, turns):
     high, low = torch.maximum(g, b), torch.minimum(g, b)
     value, least = torch.maximum(r, high), torch.minimum(r, low)
     chroma = value - least
-    # The six sextants of HSV in one line: while g > b, 6 hue chroma is the sum of value - r,
-    # g - least and b - least; the other half of the circle mirrors it.
+    # One formula for the six sextants of HSV: while g > b, 6 hue chroma is the sum of value - r,
+    # g - least and b - least. The other half of the circle mirrors it.
     hue = (value - r).add_(high).add_(low).add_(least, alpha=-2).copysign_(g - b)
     hue.div_((6 * chroma).clamp_(min=1e-8)).add_(turns)
     # A channel is `value` within 1/6 turn of its own primary, and falls to `least` at 1/3.
@@ -1179,8 +1176,8 @@ def _shift_hue(planes, turns):
 def _jitter(planes, factor, order, hue_at):
     """Colour jitter of (3, n, P) planes in place; rows are sorted by hue_at, 4 = no jitter.
 
-    Brightness, contrast and saturation are one formula, f x + (1 - f) base with base 0, mean gray
-    or gray. Hue is done for all rows at once, between the steps that a row has before and after.
+    Brightness, contrast and saturation share one formula, f x + (1 - f) base, with base 0, mean
+    gray or gray. All rows shift hue at once, between the steps before and after their own hue.
     """
     end = torch.searchsorted(hue_at, torch.arange(1, 5)).tolist()  # rows :end[k] have hue_at <= k
     f = factor.gather(1, order)  # (n, 4), in the order of application
@@ -1209,7 +1206,7 @@ def _blur(planes, sigma, radius):
     """Gaussian blur of (3, m, S, S) planes by (m,) sigmas, with reflect padding: B x B^T."""
     i = torch.arange(planes.shape[-1], device=planes.device)
     last = len(i) - 1
-    # Row i of B meets pixel j itself and its mirror images beyond the first and the last pixel.
+    # Row i of B weights pixel j and its mirror images beyond the first and the last pixel.
     offset = torch.stack([i - i[:, None], i + i[:, None], 2 * last - i - i[:, None]])  # (3, S, S)
     unseen = offset.abs() > radius
     unseen[1, :, 0] = True  # the border itself is not repeated
@@ -1229,10 +1226,8 @@ def _erase(planes, box):
 
 
 def _on_rows(op, flag, planes, *params):
-    """planes[:, flag] = op(planes[:, flag], *params[flag]).
-
-    The index is made on the CPU, where flag and params are: the device is never waited for.
-    """
+    """planes[:, flag] = op(planes[:, flag], *params[flag]), without waiting for the device: flag
+    and params are on the CPU."""
     rows = flag.nonzero()[:, 0]
     if len(rows):
         params = [x[rows].to(planes.device, non_blocking=True) for x in params]
@@ -1268,17 +1263,16 @@ def _transform(x, p, aug, cropped):
 def apply_params(x, params, aug, cropped=False):
     """One view of a rank's images, computed on the device of x.
 
-    x: (n, 3, H, W) uint8. params: n rows of what `sample_params(aug, ...)` gave, on the CPU.
+    x: (n, 3, H, W) uint8. params: n rows of `sample_params(aug, ...)`, on the CPU.
     Order: crop and resize, flip, colour jitter, grayscale, blur, solarize, normalise, erase.
-    cropped=True: x is (n, 3, S, S), cropped by a worker with `crop_boxes`, and not yet flipped.
+    cropped=True: x is (n, 3, S, S), cropped by a worker with `crop_boxes` but not flipped.
     Returns (n, 3, S, S) float32. Equal to torchvision's functions on float images to 1e-5 before
     normalisation; the other images of the batch change an image by less than 1e-6.
     Raises ValueError for images or params of another shape.
     """
-    size = aug["size"]
     if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
         raise ValueError(f"images must be (n, 3, H, W) uint8, got {tuple(x.shape)} {x.dtype}")
-    n, _, height, width = x.shape
+    (n, _, height, width), size = x.shape, aug["size"]
     if cropped and (height, width) != (size, size):
         raise ValueError(f"cropped images must be {size} x {size}, got {height} x {width}")
     if any(len(value) != n for value in params.values()):
@@ -1294,7 +1288,7 @@ def apply_params(x, params, aug, cropped=False):
     # On a CPU a chunk stays in the cache; on a GPU one chunk means few kernels.
     chunk = max(1, n if x.is_cuda else 2**16 // size**2)
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # the 10 bits of TF32 would be seen
+    torch.set_float32_matmul_precision("highest")  # TF32's 10 bits would show in the images
     try:
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, n, chunk):
