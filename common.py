@@ -1319,12 +1319,11 @@ class TinyResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        for i, width in enumerate((16, 32, 64, 128)):
-            before = 16 if i == 0 else width // 2
-            down = None if i == 0 else nn.Sequential(
-                nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-            block = BasicBlock(before, width, 1 if i == 0 else 2, down)
-            setattr(self, f"layer{i + 1}", nn.Sequential(block))
+        self.layer1 = nn.Sequential(BasicBlock(16, 16))
+        for i, width in enumerate((32, 64, 128), 2):
+            down = nn.Sequential(nn.Conv2d(width // 2, width, 1, 2, bias=False),
+                                 nn.BatchNorm2d(width))
+            setattr(self, f"layer{i}", nn.Sequential(BasicBlock(width // 2, width, 2, down)))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -1342,8 +1341,7 @@ def resnet(arch, stem="imagenet"):
     """Backbone: (n, 3, S, S) images to (n, width) pooled features, not normalised.
 
     stem "imagenet": torchvision's (7x7 stride 2, max-pool); "cifar": 3x3 stride 1, no max-pool.
-    Convolutions Kaiming normal fan-out, BatchNorm 1 / 0 (torchvision's defaults).
-    Parameter names are torchvision's without `fc`, so the weights load there.
+    Initial values and parameter names are torchvision's, without `fc`.
     """
     if arch == "resnet-tiny":
         backbone = TinyResNet()
@@ -1424,9 +1422,9 @@ def shuffled_keys(encoder, x, args, step):
 
 
 class Queue(nn.Module):
-    """The newest K keys as a ring: buffers keys (K, D), labels (K,) int64, ptr. In the checkpoint.
+    """Ring of the newest K keys: buffers keys (K, D), labels (K,) int64, -1 for initial rows, ptr.
 
-    labels are -1 where a row still is its initial vector. All processes enqueue the same rows.
+    All processes enqueue the same rows. The checkpoint holds the buffers.
     """
 
     def __init__(self, keys):
@@ -1453,11 +1451,10 @@ class Queue(nn.Module):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose gradient is scaled to the size of its weight (You et al. 2017).
+    """SGD with momentum that scales each gradient to the norm of its weight (You et al. 2017).
 
-    For groups with `adapt`: g <- g + wd p; g <- g * trust_coef ||p|| / (||g|| + eps) (factor 1
-    where a norm is 0). Then v <- momentum v + g, p <- p - lr v. Parameters without gradient are
-    skipped.
+    g <- g + wd p. Groups with `adapt`: g <- g * trust_coef ||p|| / (||g|| + eps), factor 1 where a
+    norm is 0. Then v <- momentum v + g, p <- p - lr v. Skips parameters without gradient.
     """
 
     def __init__(self, groups, lr, momentum=0.9, trust_coef=0.001, eps=0.0):
@@ -1477,29 +1474,28 @@ class LARS(torch.optim.Optimizer):
                 for p_norm, g_norm, g in zip(torch._foreach_norm(params),
                                              torch._foreach_norm(grads), grads, strict=True):
                     ratio = group["trust_coef"] * p_norm / (g_norm + group["eps"])
-                    # no host synchronisation: the choice is made on the device
+                    # torch.where chooses on the device, without waiting for it
                     g.mul_(torch.where((p_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio)))
-            states = [self.state[p] for p in params]
-            for state, p in zip(states, params, strict=True):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [state["momentum_buffer"] for state in states]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 def lars_groups(named_parameters, weight_decay, by="name"):
-    """Two groups: adapted with weight decay, and neither.
+    """Two groups: one with adaptation and weight decay, one with neither.
 
-    by "name": names that contain "bn" or "bias" are left out, as in the authors' code (the
-    BatchNorm of a ResNet's shortcut, `downsample.1.weight`, is not). by "kind": all vectors are.
+    by "name" excludes names with "bn" or "bias", as the authors' code does (which keeps the
+    BatchNorm of a ResNet's shortcut, `downsample.1.weight`). by "kind" excludes all vectors.
     """
-    plain, excluded = [], []
+    adapted, excluded = [], []
     for name, p in named_parameters:
         skip = p.ndim < 2 if by == "kind" else "bn" in name or "bias" in name
-        (excluded if skip else plain).append(p)
-    return [dict(params=plain, weight_decay=weight_decay, adapt=True),
+        (excluded if skip else adapted).append(p)
+    return [dict(params=adapted, weight_decay=weight_decay, adapt=True),
             dict(params=excluded, weight_decay=0.0, adapt=False)]
 
 
@@ -1528,8 +1524,8 @@ def cosine_by_epoch(epoch, epochs, lr, floor=0.0):
 
 
 def warmup_by_epoch(step, steps_per_epoch, epochs, lr, warmup, start=0.01, rate=0.1):
-    """Rate of step (from 0): by epoch a cosine to lr rate^3; in the `warmup` epochs linear by step
-    from `start` to the value of the last of them (the authors' rule in InfoMin + CLD and RINCE)."""
+    """Rate of step (from 0): linear in each step from `start` during the `warmup` epochs, then a
+    cosine by epoch to lr rate^3 (the authors' rule in InfoMin + CLD and RINCE)."""
     floor = lr * rate ** 3
     if step < warmup * steps_per_epoch:
         end = cosine_by_epoch(warmup, epochs, lr, floor)
@@ -1556,12 +1552,12 @@ def memory_format(args):
 
 def autocast(args, device):
     """Mixed precision of --amp for the network; losses and grouping stay in float32."""
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(args.amp, torch.bfloat16)
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=args.amp != "none")
 
 
 def scaler(args, device):
-    """Loss scaler: at work with --amp fp16, passes everything through otherwise."""
+    """Loss scaler; does nothing unless --amp is fp16."""
     return torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
 
