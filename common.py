@@ -30,6 +30,7 @@ import sys
 import time
 import urllib.parse
 import zlib
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,23 +321,21 @@ MEAN_STD = {  # channel mean and standard deviation; other data sets use ImageNe
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
+@dataclass(eq=False)
 class Table:
-    """A data set: N images with named integer columns.
+    """A data set: N images with named integer columns."""
 
-    images: uint8 (N, 3, H, W), or None when `paths` names the files.
-    columns: name -> int64 (N,); `label` is the class, -1 = unlabelled.
-    classes: column name -> list of value names (a column of plain ids may have none).
-    captions: list of N texts, or None.  index: int64 (N,), number of the row in its source.
-    notes: what was dropped while the table was built, for the log.
-    """
+    columns: dict  # name -> int64 (N,); `label` is the class, -1 = unlabelled
+    classes: dict  # column name -> list of value names (a column of plain ids may have none)
+    images: torch.Tensor = None  # uint8 (N, 3, H, W), or None when `paths` names the files
+    paths: list = None
+    captions: list = None  # N texts
+    index: torch.Tensor = None  # int64 (N,), number of the row in its source
+    notes: list = field(default_factory=list)  # texts for the log: what was dropped
 
-    def __init__(self, columns, classes, images=None, paths=None, captions=None, index=None,
-                 notes=()):
-        self.columns, self.classes = columns, classes
-        self.images, self.paths, self.captions = images, paths, captions
-        n = len(images) if images is not None else len(paths)
-        self.index = torch.arange(n) if index is None else index
-        self.notes = list(notes)
+    def __post_init__(self):
+        if self.index is None:
+            self.index = torch.arange(len(self.paths if self.images is None else self.images))
 
     def __len__(self):
         return len(self.index)
@@ -813,7 +812,8 @@ class Data:
     def _loader(self, paths, tasks):
         workers = self.args.workers
         loader = torch.utils.data.DataLoader(
-            _Files(paths), batch_sampler=tasks, num_workers=workers, collate_fn=_collate,
+            _Files(paths), batch_sampler=tasks, num_workers=workers,
+            collate_fn=torch.utils.data.default_convert,  # leaves tensors as they are
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None)
         for images in loader:
             if isinstance(images, str):
@@ -842,24 +842,21 @@ class Data:
 
 
 class _Files:
-    """Run tasks in a worker: pairs of a row and a function from its PIL image to uint8 arrays.
-    The path of a broken image is returned instead."""
+    """The batch of a list of tasks, for a worker: stacked uint8 tensors, or the path of a broken
+    image. A task is a row and a function from its PIL image to a list of uint8 arrays."""
 
     def __init__(self, paths):
         self.paths = paths
 
-    def __getitem__(self, task):
-        row, transform = task
-        try:
-            image = Image.open(self.paths[row]).convert("RGB")
-        except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
-            return self.paths[row]
-        return transform(image)
-
-
-def _collate(items):
-    broken = [item for item in items if isinstance(item, str)]
-    return broken[0] if broken else [torch.from_numpy(np.stack(part)) for part in zip(*items)]
+    def __getitems__(self, tasks):
+        items = []
+        for row, transform in tasks:
+            try:
+                image = Image.open(self.paths[row]).convert("RGB")
+            except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
+                return self.paths[row]
+            items.append(transform(image))
+        return [torch.from_numpy(np.stack(part)) for part in zip(*items)]
 
 
 def _crops(image, groups):
@@ -1524,8 +1521,8 @@ def cosine_by_epoch(epoch, epochs, lr, floor=0.0):
 
 
 def warmup_by_epoch(step, steps_per_epoch, epochs, lr, warmup, start=0.01, rate=0.1):
-    """Rate of step (from 0): linear in each step from `start` during the `warmup` epochs, then a
-    cosine by epoch to lr rate^3 (the authors' rule in InfoMin + CLD and RINCE)."""
+    """Rate of step (from 0): a cosine by epoch to lr rate^3. In the `warmup` epochs it rises by
+    step from `start` to the cosine of the last one (authors' rule in InfoMin + CLD and RINCE)."""
     floor = lr * rate ** 3
     if step < warmup * steps_per_epoch:
         end = cosine_by_epoch(warmup, epochs, lr, floor)
@@ -1565,7 +1562,7 @@ def scaler(args, device):
 
 
 def progress(steps=None, **options):
-    """tqdm on rank 0; few lines where the output is no terminal."""
+    """tqdm on rank 0, with rare updates when the output is not a terminal."""
     from tqdm import tqdm
 
     return tqdm(steps, disable=rank() > 0, dynamic_ncols=True,
@@ -1573,10 +1570,10 @@ def progress(steps=None, **options):
 
 
 class Log:
-    """JSON lines (rank 0): the command and versions, then one line an interval.
+    """JSON lines (rank 0): the command and versions, then one line for each interval.
 
-    It travels in the checkpoint as its number of lines and the sums since the last one, so that a
-    resumed run cuts what came after and goes on to an equal log, but for times and memory.
+    The checkpoint holds the number of lines and the sums since the last one. A resumed run cuts
+    later lines, so its log is equal except for times and memory.
     """
 
     def __init__(self, args, data):
@@ -1585,13 +1582,13 @@ class Log:
         self.lines, self.count, self.sums = 0, 0, {}
         self.total, self.bar = args.epochs * data.steps_per_epoch, None
         self.began = self.clock = time.time()
-        sizes = {name: len(t) for name, t in (("train", data.train), ("test", data.test))}
         self.header = dict(
             command=" ".join([args.method + ".py", *args.argv]), args=flags_dict(args),
-            data=dict(sizes, notes=data.train.notes + data.test.notes), **environment(data.device))
+            data=dict(train=len(data.train), test=len(data.test),
+                      notes=data.train.notes + data.test.notes), **environment(data.device))
 
     def state_dict(self):
-        """What a checkpoint needs to go on with this log."""
+        """The part of a checkpoint that `load_state_dict` takes."""
         return dict(lines=self.lines, count=self.count, sums=self.sums)
 
     def load_state_dict(self, state):
@@ -1626,9 +1623,8 @@ class Log:
         self.bar.update()
         done, now = step + 1, time.time()
         speed = (done - self.since) * self.args.batch_size / max(now - self.clock, 1e-9)
-        # not refreshed here: the bar decides itself when it is time to print
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()} | {
-            "images/s": f"{speed:.0f}"}, refresh=False)
+            "images/s": f"{speed:.0f}"}, refresh=False)  # the bar decides when to print
         if done % self.args.log_every == 0 or done % self.steps_per_epoch == 0:
             means = {name: total / self.count for name, total in self.sums.items()}
             self.write(step=done, epoch=done / self.steps_per_epoch, **means,
@@ -1650,18 +1646,18 @@ class Log:
 
 
 def flags_dict(args):
-    """The flags as a dict of JSON values; what names this invocation only is left out."""
-    skip = ("method", "argv")
-    return json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in skip}))
+    """The flags as a dict of JSON values, without those that only identify this invocation."""
+    flags = {k: v for k, v in vars(args).items() if k not in ("method", "argv")}
+    return json.loads(json.dumps(flags))
 
 
 def environment(device):
-    """What a run's figures depend on besides its flags: a dict of processes, threads, device (name
-    of the GPU, or model of the CPU and number of its cores) and versions."""
-    name = "CPU"
+    """Dict of what the figures of a run depend on besides its flags: processes, threads, device
+    (name of the GPU, or model and cores of the CPU) and versions."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
+        name = "CPU"
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
             name = next((s.split(":")[1].strip() for s in file if s.startswith("model name")), name)
         name += f", {os.cpu_count()} cores"
@@ -1674,12 +1670,12 @@ def memory_mb():
     """Peak memory of this process so far: allocated on the GPU, or resident on a CPU; MB."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin"
-                                                                 else 10)
+    shift = 20 if sys.platform == "darwin" else 10  # bytes on a Mac, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> shift
 
 
 def atomic_write(path, write):
-    """Write a file aside, then put it in place: never half a file under its name."""
+    """Write a temporary file, then rename it to path, which never names half a file."""
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1691,10 +1687,10 @@ def atomic_write(path, write):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        if isinstance(error, RuntimeError):  # of torch.save, after the OSError of a write
+        if isinstance(error, RuntimeError):  # torch.save raises it after the OSError of a write
             error = error.__context__ or error
-        raise RunFailed(f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
-                        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise RunFailed(f"cannot write {path}: {reason}") from None
 
 
 def save_checkpoint(state, step, args):
@@ -1717,18 +1713,16 @@ def load_checkpoint(path):
                        f"{reason}") from None
 
 
-# may change on resuming
-FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture")
+FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture")  # resuming may change
 
 
 def resume(state, args):
-    """Open the run folder: go on from its checkpoint, or begin with an empty log.
+    """Open the run folder: continue from its checkpoint, or begin with an empty log.
 
     Returns: the number of steps done, 0 for a new run.
     Errors: BadInput if the folder holds a run with other flags (named), or a broken checkpoint.
     """
-    path, log = Path(args.out) / "checkpoint.pt", state["log"]
-    step = 0
+    path, log, step = Path(args.out) / "checkpoint.pt", state["log"], 0
     if path.exists():
         checkpoint = load_checkpoint(path)
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {
@@ -1755,7 +1749,7 @@ def resume(state, args):
             raise BadInput(f"{path} is not the same for all processes: --out must be a folder that "
                            "all nodes share")
     if not path.exists():
-        log.lines = 1  # the header comes with the file: there is never a log without it
+        log.lines = 1  # the header: no log file is ever without it
         if rank() == 0:
             atomic_write(log.path, lambda file: file.write(f"{json.dumps(log.header)}\n".encode()))
     return step
@@ -1785,7 +1779,7 @@ def end_step(step, state, args, data, evaluate):
 
 
 def changed_flags(old, args, free):
-    """Texts "--name old -> new" of the flags that differ from the dict `old`, but for `free`."""
+    """Texts "--name old -> new" of the flags, except `free`, that differ from the dict `old`."""
     new = flags_dict(args)
     return [f"{flag_name(k)} {old.get(k)} -> {new.get(k)}" for k in sorted({**old, **new})
             if k not in free and old.get(k) != new.get(k)]
@@ -1800,7 +1794,7 @@ def _same_flags(old, args, method):
 
 
 def summary(log, args, title, first_step, extra_lines=(), panels=()):
-    """Pictures and the last words of a run, on rank 0: what was learnt, where it is, what next.
+    """Save the curves and print, on rank 0, the result of a run, its files and the next command.
 
     extra_lines: of the method; panels: further curves, pairs (name in the log, or several, title).
     """
@@ -1808,21 +1802,17 @@ def summary(log, args, title, first_step, extra_lines=(), panels=()):
         log.bar.close()
     if rank() > 0:
         return
-    folder, records = Path(args.out), log.records()
-    knn = [r["knn_top1"] for r in records if r.get("knn_top1") is not None]
-    pictures = (curves(log, args, panels), folder / "views.png")
-    pictures = [p.name for p in pictures if p and p.exists()]
-    next_command = f"python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}"
-    lines = [title]
-    if knn:
-        lines += [f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
-                  f"(column {args.label}, K = {min(args.knn_k, log.header['data']['train'])}, "
-                  f"T = {args.knn_t})"]
-    lines += [*extra_lines, f"  checkpoint   {folder / 'checkpoint.pt'}",
-              f"  log          {log.path}",
-              f"  pictures     {', '.join(str(folder / p) for p in pictures) or 'none'}"]
-    if knn:  # which needs labels, as the evaluation does
-        lines += [f"  next         {next_command}"]
+    folder, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
+    pictures = [str(p) for p in (curves(log, args, panels), folder / "views.png")
+                if p and p.exists()]
+    files = [*extra_lines, f"  checkpoint   {checkpoint}", f"  log          {log.path}",
+             f"  pictures     {', '.join(pictures) or 'none'}"]
+    lines = [title, *files]
+    if knn := [r["knn_top1"] for r in log.records() if r.get("knn_top1") is not None]:
+        lines = [title, f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
+                 f"(column {args.label}, K = {min(args.knn_k, log.header['data']['train'])}, "
+                 f"T = {args.knn_t})", *files,
+                 f"  next         python linear_eval.py --checkpoint {checkpoint}"]
     if first_step == log.total:
         lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
     if should_stop():
@@ -1831,25 +1821,25 @@ def summary(log, args, title, first_step, extra_lines=(), panels=()):
 
 
 def source(args):
-    """Name of the data set, for titles: synthetic images are called so."""
+    """Name of the data set for titles; marks synthetic images."""
     return args.dataset + (" (synthetic)" if args.dataset.startswith("shapes") else "")
 
 
 def pyplot():
-    """matplotlib's, without a screen; None if it is not installed."""
+    """matplotlib.pyplot without a screen, or None if matplotlib is not installed."""
     try:
-        import matplotlib
+        import matplotlib.pyplot
     except ImportError:
         return None
     matplotlib.use("Agg")
-    import matplotlib.pyplot
-
     return matplotlib.pyplot
 
 
 def curves(log, args, panels=()):
-    """Loss, learning rate, kNN accuracy and `panels` (name, title) over the epochs as curves.png;
-    None without matplotlib."""
+    """Save loss, learning rate, kNN accuracy and `panels` (name, title) as curves.png.
+
+    Returns: its path, or None without matplotlib or values.
+    """
     plt, records = pyplot(), log.records()
     drawn = []  # (title, [(name, points)])
     for names, title in (("loss", "loss"), ("lr", "learning rate"),
@@ -1885,10 +1875,9 @@ def views_picture(data, aug, path, rows=8, views=7):
         return
     first = next(data.batches(0, 1, aug, views))
     x = augment(first)[:, :rows].cpu()  # (V, rows, 3, S, S)
-    some = slice(0, x.shape[1])
-    plain = next(data.eval_batches(data.train, first.rows[some].cpu(), aug["size"], False)).cpu()
+    plain = next(data.eval_batches(data.train, first.rows[:x.shape[1]].cpu(), aug["size"], False))
     mean, std = (torch.tensor(aug[k]).view(3, 1, 1) for k in ("mean", "std"))
-    sheet = torch.cat([plain[None] / 255, x * std + mean]).transpose(0, 1)  # (rows, 1 + V, ...)
+    sheet = torch.cat([plain.cpu()[None] / 255, x * std + mean]).transpose(0, 1)
     grid = make_grid(sheet.flatten(0, 1), nrow=1 + views, padding=2, pad_value=1)
     grid = F.interpolate(grid[None], scale_factor=max(1, 64 // aug["size"]))[0].clamp(0, 1)
     image = Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy())
@@ -1937,13 +1926,13 @@ def extract_features(module, data, table, resize=False, select=None, normalize=F
 
     Args: module, images (n, 3, S, S) to (n, D), or to what `select` takes (n, D) from; table of
     `data`; resize, see `Data.eval_batches`; normalize: L2-normalise the rows.
-    Returns: (N, D) on every rank, float32 on the device. More than 2^30 numbers (ImageNet in
-    2048-d has 2.6e9) are kept on the CPU in float16.
+    Returns: (N, D) on every rank, float32 on the device, or float16 on the CPU if it holds more
+    than 2^30 numbers (ImageNet in 2048-d has 2.6e9).
     """
     args, N, W = data.args, len(table), world()
     for buffer in module.buffers() if W > 1 else ():
         dist.broadcast(buffer, 0)  # BatchNorm statistics: those of rank 0, as in the checkpoint
-    own = torch.arange(rank(), N, W)  # no padding: a row is computed once
+    own = torch.arange(rank(), N + -N % W, W).clamp(max=N - 1)  # equally many rows on every rank
     mean, std = (torch.tensor(augmentation(args)[k], device=data.device).view(3, 1, 1) * 255
                  for k in ("mean", "std"))
     was_training = module.training
@@ -1956,13 +1945,8 @@ def extract_features(module, data, table, resize=False, select=None, normalize=F
         large = N * y.shape[1] > 2 ** 30
         parts.append(y.half().cpu() if large else y)
     module.train(was_training)
-    if W == 1:
-        return torch.cat(parts)
-    width = torch.tensor([parts[0].shape[1] if parts else 0], device=data.device)
-    dist.all_reduce(width, op=dist.ReduceOp.MAX)
-    mine = torch.cat(parts) if parts else torch.zeros(0, int(width), device=data.device)
-    mine = F.pad(mine, (0, 0, 0, -(-N // W) - len(mine)))  # equal shapes; the padding is cut below
-    return gather(mine).unflatten(0, (W, -1)).transpose(0, 1).flatten(0, 1)[:N]  # i: rank i % W
+    features = gather(torch.cat(parts)).unflatten(0, (W, -1))  # row i is on rank i % W
+    return features.transpose(0, 1).flatten(0, 1)[:N]
 
 
 @torch.no_grad()
@@ -2215,10 +2199,8 @@ class Parser(argparse.ArgumentParser):
                            "batch at once: add --no-sync-bn")
         if args.optimizer == "sgd" and args.nesterov and args.momentum == 0:
             raise BadInput("--nesterov needs --momentum above 0")
-        if args.optimizer != "sgd":
-            reject_unused(args, ["nesterov"], f"by --optimizer {args.optimizer}")
-        if args.optimizer == "adamw":
-            reject_unused(args, ["momentum"], "by --optimizer adamw")
+        unused = dict(sgd=[], lars=["nesterov"], adamw=["nesterov", "momentum"])[args.optimizer]
+        reject_unused(args, unused, f"by --optimizer {args.optimizer}")
         if self.trains and args.dataset.startswith("shapes") and not vars(args).get("evaluate"):
             reject_unused(args, ["data_dir", "train_file", "test_file", "image_root", "classes",
                                  "download"], f"by --dataset {args.dataset}, which is built in: "
