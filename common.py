@@ -554,9 +554,9 @@ def _csv(args):
 def csv_table(root, file, class_names):
     """Read one CSV into a Table of paths.
 
-    The unnamed first column is the row's index; the summary row (index -1) is dropped; `class`
-    becomes `label`, as place in `class_names` (None: the sorted values of this file). Integer
-    columns stay ids (any, not contiguous); text columns become ids with names.
+    An unnamed first column is the row's index; the summary row (index -1) is dropped. `class`
+    becomes `label`, its place in `class_names` (None: the sorted values of this file). Integer
+    columns keep their numbers; text columns become ids with names.
     Errors: BadInput naming the file and row or column.
     """
     import pandas as pd
@@ -582,9 +582,7 @@ def csv_table(root, file, class_names):
     if not (whole := index.str.fullmatch(integer)).all():
         raise BadInput(f"{source}: index {index[(~whole).idxmax()]!r} is not an integer")
     columns, classes = {}, {}
-    for name in frame.columns:
-        if name == "path" or name.startswith("Unnamed"):
-            continue
+    for name in (c for c in frame.columns if c != "path" and not c.startswith("Unnamed")):
         text = frame[name].str.strip()
         whole = text.str.fullmatch(integer)
         if whole.all():
@@ -596,27 +594,30 @@ def csv_table(root, file, class_names):
         else:
             classes[name] = sorted(text.unique())
             columns[name] = torch.tensor([classes[name].index(v) for v in text])
-    values = [classes["class"][i] for i in columns["class"]] if "class" in classes else \
-        columns["class"].tolist()
-    names = class_names or [str(v) for v in sorted(set(values))]
-    place = {v: i for i, v in enumerate(names)}
+    values = columns["class"].tolist()
+    if "class" in classes:
+        values = [classes["class"][i] for i in values]
+    classes["label"] = class_names or [str(v) for v in sorted(set(values))]
+    place = {v: i for i, v in enumerate(classes["label"])}
     if unknown := [v for v in values if str(v) not in place]:
         raise BadInput(f"{source}: class {unknown[0]!r} does not occur in the training file")
     if "label" in columns:
         raise BadInput(f"{source}: a column named label would be lost; `class` becomes label")
     columns["label"] = torch.tensor([place[str(v)] for v in values])
-    classes["label"] = names
     paths = [_inside(root, p, source, i) for p, i in zip(frame["path"], index, strict=True)]
-    exists = torch.tensor([p is not None for p in paths])
-    notes = []
-    if lost := int((~exists).sum()):
-        first = frame["path"][int((~exists).long().argmax())]
-        notes = [f"{source}: {lost} of {len(paths)} images are missing, the first is {first}"]
-        if lost > 0.01 * len(paths):
-            raise BadInput(f"{notes[0]} (looked in {root})")
+    lost = [name for name, path in zip(frame["path"], paths) if path is None]
     table = Table(columns, classes, paths=paths,
-                  index=torch.tensor([int(i.split(".")[0]) for i in index]), notes=notes)
-    return table.select(exists.nonzero().flatten()) if lost else table
+                  index=torch.tensor([int(i.split(".")[0]) for i in index]),
+                  notes=_dropped(source, lost, len(paths), "images are missing", root))
+    return table.select(torch.tensor([i for i, path in enumerate(paths) if path is not None]))
+
+
+def _dropped(source, lost, n, what, folder):
+    """A list with the note on `lost` of n rows, for the log; BadInput if they are over 1 %."""
+    notes = [f"{source}: {len(lost)} of {n} {what}, the first is {lost[0]}"] if lost else []
+    if len(lost) > 0.01 * n:
+        raise BadInput(f"{notes[0]} (looked in {folder})")
+    return notes
 
 
 def _captions(args):
@@ -630,14 +631,13 @@ def _captions(args):
 
 
 def captions_table(root, file, image_root=""):
-    """Read image-caption pairs into a Table of paths: one row a caption, images may repeat.
+    """Read image-caption pairs into a Table of paths: one row for each caption.
 
     JSON: a list of {"image": path, "caption": text or list of texts, "image_id": any, optional};
     CSV or TSV: columns image (or filepath, path), caption (or title), image_id (optional). Paths
-    are below root/image_root. Without image_id the path is the id. Column `image_id`: dense ids
-    in order of first appearance; `label` is -1, there are no classes.
-    Rows without image or with an empty caption are dropped and counted; over 1 % stops.
-    Errors: BadInput naming the file, the entry (from 0) and the key.
+    are below root/image_root. Column `image_id`: ids from 0 in order of first appearance, of the
+    path if there is no image_id. `label` is -1. Pairs without image or text are dropped.
+    Errors: BadInput naming the file, the entry (from 0) and the key, or if it drops over 1 %.
     """
     source, folder = Path(root) / file, Path(root) / image_root
     ids, path_of, rows, lost = {}, {}, [], []
@@ -670,10 +670,7 @@ def captions_table(root, file, image_root=""):
                 lost.append(f"entry {i} ({name}: {'no such file' if path is None else 'empty'})")
             else:
                 rows.append((path, text, ids.setdefault(key, len(ids))))
-    notes = [f"{source}: {len(lost)} of {len(lost) + len(rows)} captions dropped, the first is "
-             f"{lost[0]}"] if lost else []
-    if len(lost) > 0.01 * (len(lost) + len(rows)):
-        raise BadInput(f"{notes[0]} (looked in {folder})")
+    notes = _dropped(source, lost, len(lost) + len(rows), "captions dropped", folder)
     if not rows:
         raise BadInput(f"{source} has no entry")
     paths, captions, image_ids = zip(*rows, strict=True)
