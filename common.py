@@ -498,8 +498,7 @@ def _folder(args):
     root = Path(args.data_dir)
     if not root.is_dir():
         raise BadInput(f"--data-dir {root}: no such folder")
-    split = (root / "train").is_dir()
-    base = root / "train" if split else root
+    base = root / "train" if (root / "train").is_dir() else root
     names = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
     if args.classes:
         try:
@@ -535,19 +534,18 @@ def _folder(args):
         return Table(dict(label=torch.tensor(labels)), dict(label=names or ["unlabelled"]),
                      paths=paths)
 
-    if not split:
+    if base == root:
         return table(root, False), table(root, True)
-    held_out = next((root / d for d in ("val", "test") if (root / d).is_dir()), None)
-    if held_out is None:
-        raise BadInput(f"{root} has train/ but neither val/ nor test/")
-    return table(base, None), table(held_out, None)
+    for test in (root / "val", root / "test"):
+        if test.is_dir():
+            return table(base, None), table(test, None)
+    raise BadInput(f"{root} has train/ but neither val/ nor test/")
 
 
 def _csv(args):
-    """Images named in a CSV: column `path`, `class`, and any others; see README, data."""
+    """Images named in a CSV; the classes of the training file number those of both files."""
     root = Path(args.data_dir)
     train = csv_table(root, args.train_file or "meta_data_train.csv", None)
-    # class ids are mapped by the TRAINING file, for both: CUB's begin at 1, others have gaps
     return train, csv_table(root, args.test_file or "meta_data_val.csv", train.classes["label"])
 
 
@@ -644,13 +642,12 @@ def captions_table(root, file, image_root=""):
     for i, entry in enumerate(_caption_entries(source)):
         def bad(text, i=i):
             return BadInput(f"{source}, entry {i}: {text}")
-
         if not isinstance(entry, dict):
             raise bad(f"is a {type(entry).__name__}, not an object with image and caption")
         for key in ("image", "caption"):
             if key not in entry:
                 raise bad(f"has no key {key!r}; it has: {', '.join(map(str, entry))}")
-        name, texts = entry["image"], entry["caption"]
+        name, texts, key = entry["image"], entry["caption"], entry.get("image_id", entry["image"])
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(name, str):
             raise bad("image is not a path")
@@ -658,7 +655,6 @@ def captions_table(root, file, image_root=""):
             raise bad("caption is neither a text nor a list of texts")
         if not texts:
             raise bad(f"image {name} has no caption")
-        key = entry.get("image_id", name)
         if isinstance(key, (dict, list)):
             raise bad("image_id is no number or text")
         if path_of.setdefault(key, (name, i))[0] != name:
@@ -675,7 +671,7 @@ def captions_table(root, file, image_root=""):
         raise BadInput(f"{source} has no entry")
     paths, captions, image_ids = zip(*rows, strict=True)
     columns = dict(label=torch.full((len(rows),), -1), image_id=torch.tensor(image_ids))
-    return Table(columns, {}, paths=list(paths), captions=list(captions), notes=notes)
+    return Table(columns, {}, paths=[*paths], captions=[*captions], notes=notes)
 
 
 def _caption_entries(source):
@@ -708,11 +704,9 @@ def _inside(root, path, source, row):
     return None
 
 
-SOURCES = {
-    "shapes": _shapes, "shapes-views": _shapes, "cifar10": _cifar, "cifar100": _cifar,
-    "stl10": _stl10, "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
-    "captions": _captions,
-}
+SOURCES = {"shapes": _shapes, "shapes-views": _shapes, "cifar10": _cifar, "cifar100": _cifar,
+           "stl10": _stl10, "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
+           "captions": _captions}
 
 
 def load(args, device):
@@ -884,7 +878,7 @@ def randaugment(image, seed, aug):
 
 
 def eval_transform(image, size, resize=False):
-    """Evaluation view of a PIL image or a float (n, 3, H, W) tensor; see `Data.eval_batches`."""
+    """Evaluation view of a PIL image or float (n, 3, H, W) tensor; see `Data.eval_batches`."""
     if resize:
         return tvf.resize(image, [size, size])
     return tvf.center_crop(tvf.resize(image, 2 ** math.ceil(math.log2(size))), [size, size])
@@ -1220,8 +1214,7 @@ def _erase(planes, box):
 
 
 def _on_rows(op, flag, planes, *params):
-    """planes[:, flag] = op(planes[:, flag], *params[flag]), without waiting for the device: flag
-    and params are on the CPU."""
+    """planes[:, flag] = op(planes[:, flag], *params[flag]); flag and params are on the CPU."""
     rows = flag.nonzero()[:, 0]
     if len(rows):
         params = [x[rows].to(planes.device, non_blocking=True) for x in params]
@@ -1279,8 +1272,7 @@ def apply_params(x, params, aug, cropped=False):
         p["box"] = crop_boxes(p["crop"], height, width, aug["crop"], aug["ratio"])
     rank = rank.to(x.device, non_blocking=True)
     out = torch.empty(n, 3, size, size, device=x.device)
-    # On a CPU a chunk stays in the cache; on a GPU one chunk means few kernels.
-    chunk = max(1, n if x.is_cuda else 2**16 // size**2)
+    chunk = max(1, n if x.is_cuda else 2**16 // size**2)  # on a CPU small enough for its cache
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32's 10 bits would show in the images
     try:
@@ -1585,7 +1577,7 @@ class Log:
                       notes=data.train.notes + data.test.notes), **environment(data.device))
 
     def state_dict(self):
-        """The part of a checkpoint that `load_state_dict` takes."""
+        """What the checkpoint holds of the log."""
         return dict(lines=self.lines, count=self.count, sums=self.sums)
 
     def load_state_dict(self, state):
@@ -1614,8 +1606,7 @@ class Log:
             self.bar = progress(total=self.total, initial=step, unit="step")
             _bars.append(self.bar)
             self.since = step
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums |= {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
         self.count += 1
         self.bar.update()
         done, now = step + 1, time.time()
@@ -1753,10 +1744,7 @@ def resume(state, args):
 
 
 def start_run(state, args, data, aug, evaluate):
-    """Before the first step of a new run: step 0 of the log, views.png, a checkpoint.
-
-    evaluate: function without arguments that evaluates the network; its dict goes into the log.
-    """
+    """Before the first step: log the dict that evaluate() returns, save views.png, checkpoint."""
     with state["log"].pause():
         state["log"].write(step=0, **evaluate())
         views_picture(data, aug, f"{args.out}/views.png")
@@ -1764,9 +1752,8 @@ def start_run(state, args, data, aug, evaluate):
 
 
 def end_step(step, state, args, data, evaluate):
-    """After a step (from 0): every --knn-every epochs `evaluate`, as in `start_run`, and every
-    --save-every epochs, or when the ranks agreed to stop, a checkpoint. Returns: whether to stop.
-    """
+    """After a step (from 0): log evaluate() every --knn-every epochs, save a checkpoint every
+    --save-every epochs and before a stop. Returns: whether to stop."""
     if data.end_of_epoch(step, every=args.knn_every):
         with state["log"].pause():
             state["log"].write(step=step + 1, **evaluate())
@@ -1951,7 +1938,7 @@ def top_k(query, bank, k, own=None, chunk=2 ** 25):
     """The k most similar bank rows of every query (dot product), by blocks of bounded memory.
 
     Args: query (Q, D); bank (N, D), any device or dtype, moved block by block; own (Q,) int64, the
-    bank row that is the query itself and is left out, or None; chunk: similarities at a time.
+    bank row of the query itself, which is left out, or None; chunk: similarities at a time.
     Returns: similarities (Q, k) in descending order and rows (Q, k) int64.
     """
     Q, N = len(query), len(bank)
@@ -1982,8 +1969,7 @@ def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
     """Class scores of the weighted kNN: score_c = sum over the k nearest of class c exp(sim / t).
 
     Args: query (Q, D), bank (N, D), unit-norm rows; bank_labels (N,) int64 in 0..classes-1.
-    Returns: (Q, classes), dtype of query. k is capped at N. Weights are relative to the nearest
-    row's, which changes no order.
+    Returns: (Q, classes), dtype of query, divided by the weight of the nearest row. k is at most N.
     """
     sims, rows = top_k(query, bank, min(k, len(bank)))
     weights = ((sims - sims[:, :1]) / t).exp()
@@ -2002,11 +1988,8 @@ def knn_top1(query, y_query, bank, y_bank, args):
 
 
 def knn_accuracy(module, data, select=None):
-    """Top-1 of the weighted kNN of the test rows in the training rows, percent.
-
-    select: see `extract_features`. Features are L2-normalised; unlabelled rows (-1) are in neither
-    set. None with one class only.
-    """
+    """Top-1 accuracy in percent of the weighted kNN, test rows in training rows; None if only one
+    class occurs. Leaves out unlabelled rows (-1). select: see `extract_features`."""
     args = data.args
     y_bank, y_query = (t.column(args.label).to(data.device) for t in (data.train, data.test))
     if y_bank[y_bank >= 0].unique().numel() < 2 or not (y_query >= 0).any():
@@ -2025,10 +2008,8 @@ def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20
 
     mAP@R: mean over queries of 1/R sum_{i <= R} (precision at i, where row i is right), R the
     number of right rows in the bank. A query whose class is not in the bank counts 0 in R@k and is
-    left out of mAP@R. The ranks share the queries.
-
-    Args: query (Q, D) and bank (N, D), unit-norm rows; labels (Q,), (N,) int64. Without a bank the
-    queries are searched among themselves, and a query never finds itself.
+    left out of mAP@R. The ranks share the queries. Without a bank, the other queries are the bank.
+    Args: query (Q, D) and bank (N, D), unit-norm rows; labels (Q,), (N,) int64.
     """
     alone = bank is None
     bank, bank_labels = (query, query_labels) if alone else (bank, bank_labels)
@@ -2066,14 +2047,13 @@ def accuracy(logits, target, topk=(1,)):
 
 
 def check_ranges(args, above=(), least=(), share=()):
-    """BadInput unless the named flags are finite and above 0, at least 0, in [0, 1]; None is not
-    looked at."""
+    """BadInput unless the named flags are None, or finite and above 0, at least 0, in [0, 1]."""
     for names, good, text in ((above, lambda x: 0 < x < math.inf, "above 0"),
                               (least, lambda x: 0 <= x < math.inf, "at least 0"),
                               (share, lambda x: 0 <= x <= 1, "in [0, 1]")):
         for name in names:
             value = getattr(args, name)
-            if value is not None and not good(value):  # not: nan is not good either
+            if value is not None and not good(value):  # `not good` also refuses NaN
                 raise BadInput(f"{flag_name(name)} must be {text}, got {value}")
 
 
