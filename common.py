@@ -41,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import functional as tvf
@@ -1354,19 +1354,14 @@ class NormLinear(nn.Linear):
         return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
 
-class MLP3(nn.Module):
-    """Linear-BN-ReLU-Linear-BN-ReLU-Linear, biases everywhere, no BN at the end."""
+class MLP3(nn.Sequential):
+    """Linear-BN-ReLU-Linear-BN-ReLU-Linear, all with biases, no BN at the end."""
 
     def __init__(self, d_in, d_hidden, d_out):
-        super().__init__()
-        # the names matter: `lars_groups` tells BatchNorm by "bn", as the authors' code does
-        self.linear1, self.bn1 = nn.Linear(d_in, d_hidden), nn.BatchNorm1d(d_hidden)
-        self.linear2, self.bn2 = nn.Linear(d_hidden, d_hidden), nn.BatchNorm1d(d_hidden)
-        self.linear3 = nn.Linear(d_hidden, d_out)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.linear1(x)))
-        return self.linear3(F.relu(self.bn2(self.linear2(x))))
+        super().__init__(collections.OrderedDict(  # `lars_groups` finds BatchNorm by "bn"
+            linear1=nn.Linear(d_in, d_hidden), bn1=nn.BatchNorm1d(d_hidden), relu1=nn.ReLU(),
+            linear2=nn.Linear(d_hidden, d_hidden), bn2=nn.BatchNorm1d(d_hidden), relu2=nn.ReLU(),
+            linear3=nn.Linear(d_hidden, d_out)))
 
 
 def head(kind, d_in, d_out):
@@ -1852,9 +1847,7 @@ def curves(log, args, panels=()):
 
 
 def views_picture(data, aug, path, rows=8, views=7):
-    """A sheet: one row an image, the image itself and then its augmented views."""
-    from torchvision.utils import make_grid
-
+    """Save a PNG with one row for each image: the image itself, then its augmented views."""
     if rank() > 0:
         return
     first = next(data.batches(0, 1, aug, views))
@@ -1862,7 +1855,7 @@ def views_picture(data, aug, path, rows=8, views=7):
     plain = next(data.eval_batches(data.train, first.rows[:x.shape[1]].cpu(), aug["size"], False))
     mean, std = (torch.tensor(aug[k]).view(3, 1, 1) for k in ("mean", "std"))
     sheet = torch.cat([plain.cpu()[None] / 255, x * std + mean]).transpose(0, 1)
-    grid = make_grid(sheet.flatten(0, 1), nrow=1 + views, padding=2, pad_value=1)
+    grid = torchvision.utils.make_grid(sheet.flatten(0, 1), nrow=1 + views, pad_value=1)
     grid = F.interpolate(grid[None], scale_factor=max(1, 64 // aug["size"]))[0].clamp(0, 1)
     image = Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy())
     atomic_write(Path(path), lambda file: image.save(file, "PNG"))
@@ -1877,8 +1870,6 @@ def image_rows(path, title, rows, left=8, side=96):
     Args: rows, pairs of a text in the `left` pixels and of images: (uint8 (3, S, S), True, False or
     None for a green, red or gray frame, text below); side, of an image in pixels.
     """
-    from PIL import ImageDraw, ImageFont
-
     frame = side // 24
     step = side + 2 * frame + 4
     below = 16 if any(text for _, images in rows for *_, text in images) else 0
