@@ -867,10 +867,8 @@ def _crops(image, groups):
 
 
 def randaugment(image, seed, aug):
-    """RandAugment of a PIL image by torchvision, as a function of the seed.
-
-    The magnitude is 0 to 10, the largest that torchvision has; fill is the mean colour.
-    """
+    """torchvision's RandAugment of a PIL image, as a function of the seed. Magnitude 10 is the
+    largest that torchvision has; the fill is the mean colour."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return v2.RandAugment(*aug["randaugment"], num_magnitude_bins=11,
@@ -1376,10 +1374,8 @@ def head(kind, d_in, d_out):
 
 @torch.no_grad()
 def momentum_update(key, query, m):
-    """theta_k <- m theta_k + (1 - m) theta_q for parameters; BatchNorm buffers stay the key's own.
-
-    Args: key, query: modules with the same parameters in the same order; m in [0, 1].
-    """
+    """theta_k <- m theta_k + (1 - m) theta_q, m in [0, 1], for the parameters of two modules in the
+    same order. The key keeps its own BatchNorm buffers."""
     theta_k, theta_q = list(key.parameters()), list(query.parameters())
     torch._foreach_mul_(theta_k, m)
     torch._foreach_add_(theta_k, theta_q, alpha=1 - m)
@@ -1403,10 +1399,8 @@ def shuffled_keys(encoder, x, args, step):
 
 
 class Queue(nn.Module):
-    """Ring of the newest K keys: buffers keys (K, D), labels (K,) int64, -1 for initial rows, ptr.
-
-    All processes enqueue the same rows. The checkpoint holds the buffers.
-    """
+    """Ring of the newest K keys, in the checkpoint: buffers keys (K, D), labels (K,) int64, -1 for
+    initial rows, and ptr. All processes enqueue the same rows."""
 
     def __init__(self, keys):
         super().__init__()
@@ -1416,10 +1410,8 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys, labels=None):
-        """Overwrite the oldest rows by keys (B, D) of the batch; K need not be a multiple of B.
-
-        labels (B,) int64; without them the rows count as 0. Raises: ValueError if B > K.
-        """
+        """Overwrite the oldest rows by keys (B, D) and labels (B,) int64, or 0 without labels. K
+        need not be a multiple of B. Raises: ValueError if B > K."""
         if len(keys) > len(self.keys):
             raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
         at = (self.ptr + torch.arange(len(keys), device=self.ptr.device)) % len(self.keys)
@@ -1773,10 +1765,8 @@ def _same_flags(old, args, method):
 
 
 def summary(log, args, title, first_step, extra_lines=(), panels=()):
-    """Save the curves and print, on rank 0, the result of a run, its files and the next command.
-
-    extra_lines: of the method; panels: further curves, pairs (name in the log, or several, title).
-    """
+    """Save the curves and print the result of a run, its files and the next command, on rank 0.
+    extra_lines: lines of the method; panels: see `curves`."""
     if log.bar is not None:
         log.bar.close()
     if rank() > 0:
@@ -1815,10 +1805,8 @@ def pyplot():
 
 
 def curves(log, args, panels=()):
-    """Save loss, learning rate, kNN accuracy and `panels` (name, title) as curves.png.
-
-    Returns: its path, or None without matplotlib or values.
-    """
+    """Save loss, learning rate, kNN accuracy and `panels` (name or names, title) as curves.png.
+    Returns: its path, or None without matplotlib or values."""
     plt, records = pyplot(), log.records()
     drawn = []  # (title, [(name, points)])
     for names, title in (("loss", "loss"), ("lr", "learning rate"),
@@ -1969,10 +1957,8 @@ def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
 
 
 def knn_top1(query, y_query, bank, y_bank, args):
-    """Percent of the queries that the weighted kNN gets right; the ranks share the queries.
-
-    Args: query (Q, D) and bank (N, D), unit-norm; y_query (Q,), y_bank (N,) int64 from 0.
-    """
+    """Percent of the queries (Q, D) that the weighted kNN in bank (N, D), both unit-norm, gets
+    right; labels (Q,), (N,) are int64 from 0. The ranks share the queries."""
     own, classes = slice(rank(), None, world()), int(max(y_bank.max(), y_query.max())) + 1
     scores = knn_scores(query[own], bank, y_bank, classes, args.knn_k, args.knn_t)
     return 100 * all_reduce_sum((scores.argmax(1) == y_query[own]).sum()).item() / len(query)
