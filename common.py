@@ -30,7 +30,7 @@ import sys
 import time
 import urllib.parse
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -331,11 +331,12 @@ class Table:
     paths: list = None
     captions: list = None  # N texts
     index: torch.Tensor = None  # int64 (N,), number of the row in its source
-    notes: list = field(default_factory=list)  # texts for the log: what was dropped
+    notes: list = ()  # texts for the log: what was dropped
 
     def __post_init__(self):
         if self.index is None:
             self.index = torch.arange(len(self.paths if self.images is None else self.images))
+        self.notes = list(self.notes)
 
     def __len__(self):
         return len(self.index)
