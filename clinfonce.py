@@ -31,7 +31,7 @@ Shapes:       N images, B global batch, b rows of this process, V views, D embed
     torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100 --data-dir DIR --hierarchy FILE
     torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100-kmeans --data-dir DIR
     torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100-dual --data-dir DIR
-Measured: demo 1.5 minutes on 2 cores, 1 GB a process, kNN 13.5 -> 72 % (synthetic; 61 to 81 % on
+Measured: demo 1.5 minutes on 2 cores, 1 GB a process, kNN 13.5 -> 72 % (synthetic; 59 to 81 % on
 other processors); c100-small 160 CPU seconds, 1.2 GB, results in the README. The GPU recipes were
 not run yet at full length.
 """
