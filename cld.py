@@ -83,6 +83,8 @@ RECIPES = {
     "c100-small": dict(  # [K] the protocol that all methods share on a CPU; [S] CLD as in cifar100
         NPID | SMALL, dataset="cifar100", limit_train=10000, epochs=15, crop=[0.08, 1.0], k=200,
         knn_t=0.07, knn_every=15),
+    "c10": dict(  # [K] all methods' longer run; CLD as in cifar10
+        NPID | SMALL, dataset="cifar10", epochs=40, crop=[0.08, 1.0], knn_t=0.07, knn_every=8),
     "cifar10": NPID | CIFAR,  # [S]
     "cifar100": dict(NPID | CIFAR, dataset="cifar100", k=200),  # [S] train_cifar100_npid_cld.sh
     "cifar10-moco": MOCO,

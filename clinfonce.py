@@ -67,6 +67,9 @@ RECIPES = {
         SMALL, dataset="cifar100", limit_train=10000, epochs=15,
         crop=[0.08, 1.0],                           # SimCLR B.9: crop, flip, jitter 0.5, no blur
         clusters="instance", k=100, kmeans_warmup=5, knn_every=15),
+    "c10": dict(  # all methods' longer run; 51 images a cluster, as [R], from a quarter on
+        SMALL, dataset="cifar10", epochs=40, crop=[0.08, 1.0], clusters="instance", k=1000,
+        kmeans_warmup=10, knn_every=8),
     "cifar10": dict(CIFAR, dataset="cifar10"),
     "cifar100": dict(CIFAR, dataset="cifar100"),
     "fashion": dict(  # [K] product photographs with eight attributes, see README

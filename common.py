@@ -378,7 +378,21 @@ def _shapes(args):
 
 
 def _cifar(args):
-    """torchvision's files, or the packs <name>_train.npz and <name>_test.npz in --data-dir."""
+    """torchvision's files, or the packs <name>_train.npz and <name>_test.npz in --data-dir.
+
+    Columns: label and coarse; the coarse classes of CIFAR-10 are vehicle and animal.
+    """
+    tables = _cifar_tables(args)
+    if args.dataset == "cifar10":
+        vehicle = torch.tensor([0, 1, 8, 9])  # airplane, automobile, ship, truck
+        for table in tables:
+            table.columns["coarse"] = (~torch.isin(table.column("label"), vehicle)).long()
+            table.classes["coarse"] = ["vehicle", "animal"]
+    return tables
+
+
+def _cifar_tables(args):
+    """Training and test table of `_cifar`, with the columns that the files have."""
     packs = [Path(args.data_dir) / f"{args.dataset}_{split}.npz" for split in ("train", "test")]
     if all(p.exists() for p in packs) and not args.download:
         return tuple(npz_table(p) for p in packs)

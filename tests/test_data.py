@@ -98,6 +98,8 @@ def test_cifar10_files(tmp_path, no_md5):
     assert column(data.train) == [i % 10 for i in range(15)]
     assert number(data.test.images).tolist() == [300, 301] and column(data.test) == [7, 2]
     assert data.train.classes["label"] == names
+    kinds = [data.train.classes["coarse"][i] for i in column(data.train, "coarse")]
+    assert kinds[:10] == [*2 * ["vehicle"], *6 * ["animal"], *2 * ["vehicle"]] and len(kinds) == 15
     # (height, width) is not swapped
     picture = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
     pickled(folder / "test_batch", data=rows([picture]), labels=[0])

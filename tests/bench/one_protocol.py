@@ -3,12 +3,13 @@
     python tests/bench/one_protocol.py c100 --data-dir data        # CIFAR-100, all methods
     python tests/bench/one_protocol.py fashion --data-dir data     # fashion attributes
     python tests/bench/one_protocol.py shapes-views                # synthetic, correlated images
+    python tests/bench/one_protocol.py c10 --data-dir data         # CIFAR-10, longer runs
     python tests/bench/one_protocol.py c100 --only SupCon          # one row
 
 Every row is `METHOD.py FLAGS --seed S`, then `linear_eval.py` and, where the set has outliers,
 `ood_eval.py` on its last checkpoint. A finished run or evaluation is not repeated. Logs and
 evaluations go to results/SET/, the table of the rows that are done (mean and standard deviation
-over the seeds) to results/SET.csv and .md, for c100 to results/one_protocol.csv, .md and .png. CPU
+over the seeds that are done) to results/SET.csv and .md, for c100 and c10 with pictures. CPU
 seconds an epoch and peak memory (resident, MB) are from the logs, bytes of state an image from the
 checkpoint of a training on 600 images. Each run has one thread, so that --jobs 2 does not change
 what a run computes.
@@ -34,6 +35,11 @@ FASHION = "clinfonce.py --recipe fashion --clusters"
 CLD = "cld.py --recipe"
 # [S] of cifar100-moco, but keys that follow within ten steps: the run has 585 in all
 MOCO = f"{CLD} c100-small --base moco --head normlinear --tau 0.07 --queue 1024 --key-momentum 0.9"
+C10 = "--recipe c10"
+# [S] of cifar10-moco; queue and memory of the keys (1 / (1 - momentum) steps) are a fifth of
+# theirs, as 7,800 steps are a fifth of their 39,000
+C10_MOCO = (f"cld.py {C10} --base moco --head normlinear --tau 0.07 --queue 2560 "
+            "--key-momentum 0.995")
 NO_CATEGORY = "gender baseColour season year usage"
 SETS = {  # rows: name, labels that it saw, training command (None: the untrained network)
     "c100": dict(
@@ -67,6 +73,30 @@ SETS = {  # rows: name, labels that it saw, training command (None: the untraine
               ("RINCE-out", "fine, coarse", f"{RINCE} rince-out"),
               ("SCL-out", "fine", f"{RINCE} scl-out"),
               ("SCL-superclass", "coarse", f"{RINCE} scl-superclass")]),
+    "c10": dict(
+        name="c10", state=False,
+        untrained="--dataset cifar10",
+        eval="",
+        ood="--bootstrap 200 --outliers cifar100=cifar100_test.npz gtsrb=ood_gtsrb_test_32.npz",
+        columns={"kNN": "knn.top1", "linear": "probe.top1",
+                 "CIFAR-100": "cifar100.gaussian.AUROC", "GTSRB": "gtsrb.gaussian.AUROC"},
+        blocks=[1, 2, 2, 4, 2, 2, 2],  # rows that are compared: finished together, seed by seed
+        rows=[("untrained", "none", None),
+              ("SimCLR (WCL, beta 0)", "none", f"wcl.py {C10} --beta 0"),
+              ("WCL", "none", f"wcl.py {C10} --beta 1"),
+              ("NPID", "none", f"cld.py {C10} --lambda-cld 0"),
+              ("NPID + CLD", "none", f"cld.py {C10}"),
+              ("InfoNCE (instance)", "none", f"clinfonce.py {C10} --clusters instance"),
+              ("Cl-InfoNCE, k = 1,000", "none", f"clinfonce.py {C10} --clusters kmeans"),
+              ("Cl-InfoNCE, k = 1,000, two heads", "none",
+               f"clinfonce.py {C10} --clusters kmeans --dual"),
+              ("Cl-InfoNCE, k = 100", "none", f"clinfonce.py {C10} --clusters kmeans --k 100"),
+              ("MoCo", "none", f"{C10_MOCO} --lambda-cld 0"),
+              ("MoCo + CLD", "none", f"{C10_MOCO} --lambda-cld 0.8 --k 200"),
+              ("SCL-out", "fine", f"rince.py {C10} --loss scl-out"),
+              ("RINCE-out-in", "fine, coarse", f"rince.py {C10} --loss rince-out-in"),
+              ("SupCon (fine)", "fine", f"clinfonce.py {C10} --clusters label"),
+              ("cross-entropy", "fine", f"rince.py {C10} --loss ce")]),
     "fashion": dict(
         untrained="--dataset npz --train-file fashion_attributes_96.npz --image-size 64 "
                   "--label articleType",
@@ -119,7 +149,8 @@ def run_row(args, row, seed):
         shutil.copy(ROOT / folder / f"{kind}.json", target)
         print(f"{args.set}: {row[0]}, seed {seed}: {kind} done", flush=True)
     target = keep / f"{slug(row)}.state.json"
-    if seed == args.seeds[0] and row[2] and not target.exists():
+    if (protocol.get("state", True) and seed == args.seeds[0] and row[2]
+            and not target.exists()):
         folder = folder.with_name(f"{slug(row)}-state")
         run_script([*row[2].split(), *shared, "--out", str(folder), "--limit-train", "600",
                 "--epochs", "2"], folder)
@@ -156,21 +187,20 @@ def look_up(record, path):
 def collect(args, protocol):
     """The rows that are done, from their logs and evaluations: dicts of (values of the seeds)."""
     keep, done = ROOT / "results" / args.set, {}
+    kinds = [kind for kind in SCRIPTS if kind in protocol]
     for row in protocol["rows"]:
-        results = [{} for _ in args.seeds]
-        for kind in SCRIPTS:
-            paths = [keep / f"{slug(row)}-{seed}.{kind}.json" for seed in args.seeds]
-            if all(path.exists() for path in paths):
-                for of_seed, path in zip(results, paths, strict=True):
-                    of_seed.update(json.loads(path.read_text())["results"])
-        cells = {name: [look_up(r, path) for r in results] for name, path in
-                 protocol["columns"].items() if path.partition(".")[0] in results[0]}
-        if not cells:
+        paths = {seed: [keep / f"{slug(row)}-{seed}.{kind}.json" for kind in kinds]
+                 for seed in args.seeds}
+        seeds = [seed for seed, of_seed in paths.items() if all(p.exists() for p in of_seed)]
+        if not seeds:
             continue
+        results = [{k: v for path in paths[seed]
+                    for k, v in json.loads(path.read_text())["results"].items()} for seed in seeds]
+        cells = {name: [look_up(r, path) for r in results]
+                 for name, path in protocol["columns"].items()}
         if row[2]:
-            logs = [(keep / f"{slug(row)}-{seed}.jsonl").read_text() for seed in args.seeds]
-            ends = [[json.loads(line) for line in log.splitlines()[1:]] for log in logs]
-            ends = [[r for r in records if "cpu_seconds" in r][-1] for records in ends]
+            ends = [[r for r in records(keep, row, seed) if "cpu_seconds" in r][-1]
+                    for seed in seeds]
             cells["s / epoch"] = [end["cpu_seconds"] / end["epoch"] for end in ends]
             cells["MB"] = [end["memory_mb"] for end in ends]
             if (state := keep / f"{slug(row)}.state.json").exists():
@@ -179,19 +209,26 @@ def collect(args, protocol):
     return done
 
 
+def records(keep, row, seed):
+    """The lines of the log of a run, without the first, which holds the command."""
+    lines = (keep / f"{slug(row)}-{seed}.jsonl").read_text().splitlines()[1:]
+    return [json.loads(line) for line in lines]
+
+
 def write_table(args, protocol, done):
     """The table as CSV (all digits) and markdown, and a picture of it."""
     path = ROOT / "results" / protocol.get("name", args.set)
     costs = [name for name in ("s / epoch", "MB", "B / image")
              if any(name in cells for cells in done.values())]
-    columns = ["row", "labels seen", *protocol["columns"], *costs]
+    some = any(len(cells["kNN"]) < len(args.seeds) for cells in done.values())
+    columns = ["row", "labels seen", *protocol["columns"], *costs, *["seeds"] * some]
     lines, digits = [columns, ["---"] * len(columns)], {"s / epoch": 1, "MB": 0, "B / image": 0}
     with open(path.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "labels seen", "column", "mean", "sd", "seeds"])
         for row, cells in done.items():
             line = list(row[:2])
-            for name in columns[2:]:
+            for name in columns[2:len(columns) - some]:
                 values = cells.get(name, [])
                 mean = statistics.mean(values) if values else None
                 sd = statistics.stdev(values) if len(values) > 1 else None
@@ -200,12 +237,58 @@ def write_table(args, protocol, done):
                     f" ± {sd:.{n}f}" if sd is not None and name not in costs else ""))
                 if values:
                     writer.writerow([*row[:2], name, mean, sd, len(values)])
-            lines.append(line)
+            lines.append([*line, *[str(len(cells["kNN"]))] * some])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
     if "name" in protocol:
         picture(path.with_suffix(".png"), protocol, done)
+    if args.set == "c10":
+        curves(args, protocol, done, {"knn_top1": "kNN top-1 (%)"}, "c10-knn.png")
+        curves(args, protocol, done, {
+            "purity": "WCL: purity of the weak labels (%); dashed: random groups",
+            "I_Z_T": "Cl-InfoNCE: I(Z;T) of the clusters (bits)"}, "c10-labels.png")
+
+
+def curves(args, protocol, done, panels, file):
+    """Values of the logs over the epochs, one panel a value: mean and range of the seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keep = ROOT / "results" / args.set
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(7 * len(panels), 5))
+    for axis, (name, title) in zip(axes[0], panels.items(), strict=True):
+        for i, row in enumerate(done):
+            if not row[2]:
+                continue
+            steps = None  # an epoch, from the lines that have both
+            for key, style in ((name, "-"), ("random" if name == "purity" else None, "--")):
+                values = {}  # epoch -> values of the seeds
+                for seed in args.seeds:
+                    if not (keep / f"{slug(row)}-{seed}.jsonl").exists():
+                        continue
+                    log = records(keep, row, seed)
+                    steps = steps or next(r["step"] / r["epoch"] for r in log if "epoch" in r)
+                    for r in log:
+                        if key in r and ("epoch" not in r or r["epoch"] == int(r["epoch"])):
+                            values.setdefault(r["step"] / steps, []).append(r[key])
+                if len(values) > 1:
+                    x = sorted(values)
+                    axis.plot(x, [statistics.mean(values[e]) for e in x], style, color=f"C{i % 10}",
+                              marker="o" * (name == "knn_top1"), ms=3,
+                              label=row[0] if style == "-" else None,
+                              alpha=1 if style == "-" else 0.5)
+                    axis.fill_between(x, [min(values[e]) for e in x], [max(values[e]) for e in x],
+                                      color=f"C{i % 10}", alpha=0.15)
+        axis.set_xlabel("epoch")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "results" / file, dpi=110)
+    plt.close(figure)
 
 
 def picture(path, protocol, done):
@@ -250,8 +333,11 @@ def main():
     parser.add_argument("--only", help="run only the rows whose name contains this")
     args = parser.parse_args()
     protocol = SETS[args.set]
-    jobs = [(row, seed) for row in protocol["rows"] for seed in args.seeds
-            if args.only is None or args.only.lower() in row[0].lower()]
+    rows = protocol["rows"]
+    block = [i for i, n in enumerate(protocol.get("blocks", [1] * len(rows))) for _ in range(n)]
+    jobs = sorted((block[i], seed, i) for i in range(len(rows)) for seed in args.seeds)
+    jobs = [(rows[i], seed) for _, seed, i in jobs
+            if args.only is None or args.only.lower() in rows[i][0].lower()]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: run_row(args, *job), jobs))
 
