@@ -55,7 +55,8 @@ def fresh(text):
 
     def copy(match):
         body = (ROOT / match[1]).read_text()
-        return f"<!-- {match[1]} -->\n" + (body if match[1].endswith(".md") else f"```\n{body}```\n")
+        return f"<!-- {match[1]} -->\n" + (
+            body if match[1].endswith(".md") else f"```\n{body}```\n")
 
     return COPY.sub(copy, LINES.sub(link, text))
 
@@ -147,12 +148,10 @@ def test_recipes_data_sets_and_losses_are_listed():
     for method in METHODS:
         recipes = importlib.import_module(method).RECIPES
         assert sorted(listed[f"{method}.py"]) == sorted(recipes), method
-    sources = [name for cells in rows("| `--dataset` |") for name in re.findall(r"`(.+?)`", cells[0])]
-    assert sorted(sources) == sorted(common.SOURCES)
-    ita_types = re.findall(r"`(?:--loss )?([\w-]+)`", " ".join(
-        " ".join(cells if "the same" in cells[1] else cells[1:]) for cells in rows("| `--ita_type` |")))
-    assert set(ita_types) == set(importlib.import_module("sogclr_clip").LOSSES) - {
-        "siglip", "fastclip"}
+    named = re.findall(r"`(.+?)`", " ".join(cells[0] for cells in rows("| `--dataset` |")))
+    assert sorted(named) == sorted(common.SOURCES)
+    losses = re.findall(r"`(?:--loss )?([\w-]+)`", str(rows("| `--ita_type` |")))
+    assert set(losses) >= {*importlib.import_module("sogclr_clip").LOSSES} - {"siglip", "fastclip"}
 
 
 def test_headline_figures_are_those_of_the_tables():
