@@ -15,6 +15,7 @@ S image size.
     python common.py --dataset shapes --picture views.png      # images beside their augmented views
 """
 import argparse
+import codecs
 import collections
 import contextlib
 import csv
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
@@ -31,7 +33,7 @@ import time
 import urllib.parse
 import zlib
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1691,16 +1693,175 @@ def save_checkpoint(state, step, args):
         atomic_write(Path(args.out) / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
 
+@functools.cache
+def _allow_harmless():
+    """Let torch.load read what files of others hold beside weights and what runs no code: flags,
+    paths (as text), dates, numbers and arrays of numpy."""
+    def under_name(name, call):  # pickle looks a function up by its name, which versions change
+        def function(*values):
+            return call(*values)
+        function.__module__, _, function.__name__ = name.rpartition(".")
+        function.__qualname__ = function.__name__
+        return function
+
+    names = {f"{module}.{kind}": lambda *parts: os.path.join("", *parts)
+             for module in ("pathlib", "pathlib._local")
+             for kind in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        names[f"{module}.scalar"] = np.float64().__reduce__()[0]
+        names[f"{module}._reconstruct"] = np.zeros(0).__reduce__()[0]
+    names |= {f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__")
+              for kind in (set, frozenset, list, dict, slice, complex)}
+    torch.serialization.add_safe_globals([
+        argparse.Namespace, date, datetime, timedelta, collections.defaultdict,
+        codecs.encode, np.ndarray, np.dtype, *{type(np.dtype(c)) for c in "?bhilqBHILQefdgFDOSU"},
+        *(under_name(*pair) for pair in names.items())])
+
+
 def load_checkpoint(path):
-    """torch.load with weights_only=True; BadInput that names the file if it cannot be read."""
+    """The dict of a file, by torch.load with weights_only=True; BadInput that names the file if it
+    cannot be read or holds anything else."""
+    _allow_harmless()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"checkpoint {path} not found") from None
     except Exception as error:  # torch.load raises many kinds for a truncated or foreign file
+        if kind := re.search(r"(?:GLOBAL|class|function) ([\w.]+) ", str(error)):
+            raise BadInput(f"checkpoint {path} cannot be read: it holds a {kind[1]}, which could "
+                           "run code; save a file with the state_dict alone") from None
         reason = str(error).strip().split("\n")[0][:120]
         raise BadInput(f"checkpoint {path} cannot be read (truncated, or no checkpoint?): "
                        f"{reason}") from None
+    if not isinstance(checkpoint, dict):
+        raise BadInput(f"checkpoint {path} holds a {type(checkpoint).__name__}, no weights: it is "
+                       "not a checkpoint of this project or a state dict")
+    return checkpoint
+
+
+def _tensors(tree, path=""):
+    """(name, tensor) for each tensor in nested dicts and lists; the key of a dict ends with /."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, torch.Tensor):
+            yield f"{path}{key}", value
+        elif isinstance(value, (dict, list, tuple)):
+            yield from _tensors(value, f"{path}{key}/")
+
+
+def _resnet_names(weights, prefix):
+    """Name in torchvision's ResNet -> name in the file, of all weights under a prefix."""
+    own = [k for k in weights if k.startswith(prefix)]
+    # the children of a ResNet as the numbered layers of an nn.Sequential: those with weights
+    numbers = sorted({int(n) for k in own if (n := k[len(prefix):].split(".")[0]).isdigit()})
+    names = dict(zip(map(str, numbers), "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()))
+    of_file = {}
+    for key in own:
+        first, dot, rest = key[len(prefix):].partition(".")
+        # ResNets derived from SupContrast call the branch of a block `shortcut`
+        of_file[(names.get(first, first) + dot + rest).replace(".shortcut.", ".downsample.")] = key
+    return of_file
+
+
+def _find_resnet(weights, arch, stem):
+    """The ResNet that the tensors `weights` fit best: prefix of its names, arch, stem, names of the
+    weights that fit, are absent and are left over, its state dict on meta, name -> name in file.
+    None if no weight fits."""
+    first = (re.fullmatch(r"(|.*[./])(conv1|\d+)\.weight", k) for k, x in weights.items()
+             if x.ndim == 4 and x.shape[1] < 16)  # the convolution that reads images
+    layouts, best = {m[1]: _resnet_names(weights, m[1]) for m in first if m}, None
+    for a in [arch] if arch else ARCHS:
+        for s in [stem] if stem else ("imagenet", "cifar"):
+            with torch.device("meta"):  # without memory
+                ours = resnet(a, s).state_dict()
+            for p, own in layouts.items():
+                fits = [k for k in ours if k in own and weights[own[k]].shape == ours[k].shape]
+                absent = [k for k in ours if k not in fits and "num_batches" not in k]
+                extra = [k for k in own if k.startswith("layer") and k not in ours]
+                copy = re.search(  # ties: not the slow one of two networks
+                    "(?<![a-z])(k|m|ema|avg|swa)(?![a-z])|key|momentum|target|teacher|average|mean",
+                    re.sub("(?<=[a-z])(?=[A-Z])", "_", p).lower())
+                score = -len(absent) - len(extra), not copy
+                if fits and (best is None or score > best[0]):
+                    best = score, (p, a, s, fits, absent, extra, ours, own)
+    return best and best[1]
+
+
+def load_backbone(path, checkpoint, arch=None, stem=None, model=None):
+    """Backbone with the weights of a checkpoint, under whatever dicts and prefix they stand.
+
+    Args: path, for messages; checkpoint, from `load_checkpoint`; arch, stem: None = by the weights;
+    model: fill its backbone instead, and each of its heads of which all weights fit.
+    Returns: the backbone; dict of arch, stem, prefix, loaded (number of tensors), heads (names),
+    left_out (first name -> number), missing (BatchNorm's counters of steps, which nothing reads).
+    Errors: BadInput with the file and names if weights are missing, left over or of other shapes.
+    """
+    if checkpoint.get("method") == "sogclr_clip":
+        raise BadInput(f"{path} is of sogclr_clip.py, which evaluates it itself: "
+                       f"python sogclr_clip.py --evaluate {path}")
+    weights = dict(_tensors(checkpoint))
+    if (found := _find_resnet(weights, arch, stem)) is None:
+        names = [*weights] or [f"no tensor under its keys {', '.join(map(str, checkpoint))}"]
+        raise BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
+                       f"{', '.join(names[:8])}{', ..' * (len(names) > 8)}")
+    prefix, arch, stem, fits, absent, extra, ours, own = found
+    for what, keys in (("of another shape", [k for k in absent if k in own]),
+                       ("missing", absent), ("left over", extra)):
+        if keys:
+            raise BadInput(f"checkpoint {path} is no {arch} with {stem} stem: {len(keys)} weights "
+                           f"{what}, {', '.join(own.get(k, prefix + k) for k in keys[:3])}")
+    backbone = resnet(arch, stem) if model is None else model.backbone
+    backbone.load_state_dict({k: weights[own[k]] for k in fits}, strict=False)
+    used, heads, root = {own[k] for k in fits}, [], prefix.removesuffix("backbone.")
+    for name, head in [] if model is None else model.named_children():
+        shapes = {k: x.shape for k, x in head.state_dict().items()}
+        part = {k: weights[key] for k in shapes if (key := f"{root}{name}.{k}") in weights}
+        if name != "backbone" and shapes and shapes == {k: x.shape for k, x in part.items()}:
+            head.load_state_dict(part)
+            used, heads = used | {f"{root}{name}.{k}" for k in part}, [*heads, name]
+    folder, left_out = prefix[:prefix.rfind("/") + 1], collections.Counter()
+    for key in sorted(k for k in weights if k.startswith(folder) and k not in used):
+        start = len(prefix if key.startswith(prefix) else folder)
+        start += 7 * key.startswith("module.", start)
+        left_out[key[len(folder):start] + key[start:].split(".")[0]] += 1
+    return backbone, dict(
+        arch=arch, stem=stem, prefix=re.sub("^((state|state_dict|model)/)+", "", prefix),
+        loaded=len(fits), heads=heads, left_out=dict(left_out),
+        missing=[k for k in ours if k not in fits])
+
+
+def describe_weights(path, loaded):
+    """Line about the dict that `load_backbone` gave."""
+    left_out = ", ".join(f"{k} ({n})" for k, n in loaded["left_out"].items()) or "nothing"
+    heads = f"; heads: {', '.join(loaded['heads'])}" if loaded["heads"] else ""
+    return (f"{path}: {loaded['loaded']} tensors of {loaded['arch']}, {loaded['stem']} stem, "
+            f"loaded from '{loaded['prefix']}*'{heads}; left out: {left_out}; missing: "
+            f"{', '.join(loaded['missing'][:3]) or 'nothing'}")
+
+
+def initial_weights(state, args):
+    """Fill the new networks with the weights of --init. Returns: what `load_backbone` tells."""
+    checkpoint, model = {}, state["model"]
+    if args.init != "torchvision":
+        checkpoint = load_checkpoint(args.init)
+    elif args.arch not in torchvision.models.list_models():
+        raise BadInput(f"--init torchvision: torchvision has no weights for --arch {args.arch}")
+    else:
+        weights = torchvision.models.get_model_weights(args.arch).DEFAULT
+        for turn in (True, False):  # the first process of a machine fetches the file
+            if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn:
+                try:
+                    checkpoint = weights.get_state_dict(check_hash=True)
+                except (OSError, RuntimeError) as error:
+                    raise RunFailed(f"--init torchvision: the download of {weights.url} failed "
+                                    f"({error}); fetch it elsewhere and name it, --init FILE",
+                                    alone=True) from None
+            if world() > 1:
+                dist.barrier()
+    loaded = load_backbone(args.init, checkpoint, args.arch, args.stem, model)[1]
+    if "key" in state:
+        state["key"].load_state_dict(model.state_dict())
+    print_rank0(describe_weights(f"--init {args.init}", loaded))
+    return dict(loaded, file=args.init)
 
 
 FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture")  # resuming may change
@@ -1715,8 +1876,7 @@ def resume(state, args):
     path, log, step = Path(args.out) / "checkpoint.pt", state["log"], 0
     if path.exists():
         checkpoint = load_checkpoint(path)
-        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {
-                "format", "method", "step", "args", "state"}:
+        if not checkpoint.keys() >= {"format", "method", "step", "args", "state"}:
             raise BadInput(f"{path} is not a checkpoint of this project; use another --out")
         _same_flags(checkpoint["args"], args, checkpoint["method"])
         try:
@@ -1739,6 +1899,8 @@ def resume(state, args):
             raise BadInput(f"{path} is not the same for all processes: --out must be a folder that "
                            "all nodes share")
     if not path.exists():
+        if vars(args).get("init"):  # the image methods
+            log.header["init"] = initial_weights(state, args)
         log.lines = 1  # the header: no log file is ever without it
         if rank() == 0:
             atomic_write(log.path, lambda file: file.write(f"{json.dumps(log.header)}\n".encode()))
@@ -1776,7 +1938,10 @@ def _same_flags(old, args, method):
     changed += changed_flags(old, args, FREE_FLAGS)
     if changed:
         raise BadInput(f"{args.out} holds a run with other flags ({', '.join(changed)}); "
-                       "use another --out, or the same flags to go on")
+                       "use another --out, or the same flags to go on" + (
+                           f"; to train for longer: --init {args.out}/checkpoint.pt --out NEW"
+                           if any(s.startswith("--epochs ") for s in changed) and "init" in args
+                           else ""))
 
 
 def summary(log, args, title, first_step, extra_lines=(), panels=()):
@@ -1791,9 +1956,9 @@ def summary(log, args, title, first_step, extra_lines=(), panels=()):
                 if p and p.exists()]
     files = [*extra_lines, f"  checkpoint   {checkpoint}", f"  log          {log.path}",
              f"  pictures     {', '.join(pictures) or 'none'}"]
-    lines = [title, *files]
+    lines, first = [title, *files], "initial" if vars(args).get("init") else "untrained"
     if knn := [r["knn_top1"] for r in log.records() if r.get("knn_top1") is not None]:
-        lines = [title, f"  kNN top-1    untrained {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
+        lines = [title, f"  kNN top-1    {first} {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
                  f"(column {args.label}, K = {min(args.knn_k, log.header['data']['train'])}, "
                  f"T = {args.knn_t})", *files,
                  f"  next         python linear_eval.py --checkpoint {checkpoint}"]
@@ -2035,6 +2200,59 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * right[:, :k].any(1).double().mean().item() for k in topk]
 
 
+def results_path(args):
+    """Path of the results; BadInput if it cannot be written or holds those of another run."""
+    folder = Path(args.checkpoint).parent
+    if args.checkpoint == "none":
+        folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
+    path = folder / f"{args.method}-{args.recipe}-{args.label}.json" if args.out is None else \
+        Path(args.out)
+    above = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"{path} cannot be written; use another --out")
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            if old["script"] != f"{args.method}.py":
+                raise ValueError("a file of another script")
+            changed = changed_flags(old["args"], args, (*FREE_FLAGS, "device"))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise BadInput(f"{path} is no file of this script; use another --out") from None
+        if changed:
+            raise BadInput(f"{path} holds results with other flags ({', '.join(changed)}); "
+                                  "use another --out")
+    return path
+
+
+def start_evaluation(args, checkpoint):
+    """What every evaluation begins with. Returns: record, a dict of what is known about the run;
+    path of the results; device; the backbone there; a line that describes it."""
+    path = results_path(args)
+    ours, script = checkpoint if checkpoint.get("format") == 1 else {}, f"{args.method}.py"
+    record = dict(script=script, command=" ".join([script, *args.argv]), seconds=time.time(),
+                  checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
+                  label=args.label, seed=args.seed, args=flags_dict(args))
+    device = setup(args)
+    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if args.checkpoint == "none":
+        backbone, loaded = resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
+        description = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"
+    else:
+        backbone, loaded = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
+        description = describe_weights(args.checkpoint, loaded)
+    record["backbone"] = loaded
+    backbone = backbone.to(device, memory_format=memory_format(args)).eval()
+    return record, path, device, backbone, description
+
+
+def write_results(path, record, device, **results):
+    """Save the record of `start_evaluation` with the results as JSON."""
+    record.update(results, **environment(device),
+                  seconds=round(time.time() - record["seconds"], 1))
+    atomic_write(path, lambda file: file.write(f"{json.dumps(record, indent=1)}\n".encode()))
+
+
 # ---------------------------------------------------------------------------------- flags
 
 
@@ -2121,6 +2339,9 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("network and optimisation").add_argument
         add("--arch", default="resnet-tiny", choices=list(ARCHS))
         add("--stem", default="imagenet", choices=["cifar", "imagenet"])
+        if self.trains and method not in ("common", "sogclr_clip"):
+            add("--init", metavar="FILE", help="begin with the weights of a checkpoint or state "
+                "dict; torchvision: its own for the --arch")
         add("--epochs", type=int, default=20)
         add("--batch-size", type=int, default=256, help="B, over all processes")
         add("--micro-batch", type=int, metavar="N", help="at most N images of a view at a time "
@@ -2176,6 +2397,48 @@ class Parser(argparse.ArgumentParser):
                           "name another --dataset")
         if self.trains and Path(args.out).is_file():
             raise BadInput(f"--out {args.out} is a file; name a folder")
+        return args
+
+
+class EvaluationParser(Parser):
+    """The shared flags; a checkpoint of this project gives their defaults."""
+
+    trains = False
+
+    def __init__(self, method, doc, recipes):
+        super().__init__(method, doc, recipes)
+        self.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
+        add = self.add_argument_group("checkpoint and results").add_argument
+        add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
+        add("--out", help=f"JSON file (default: {method}-RECIPE-LABEL.json beside the checkpoint)")
+        self.set_defaults(**dict.fromkeys(  # None where the command line is silent
+            ["recipe", "dataset", "arch", "stem", "lr", "lr_256", "fraction", "subset"]))
+
+    def parse_args(self, argv=None):
+        """Flag over recipe over checkpoint; self.checkpoint is the file's dict, {} for `none`."""
+        given = self.parse_known_args(argv)[0]
+        self.checkpoint = {} if given.checkpoint == "none" else load_checkpoint(given.checkpoint)
+        if given.recipe is None:
+            if given.subset and given.fraction is None:
+                raise BadInput("--subset needs a --recipe: semi-1, semi-10, or a probe")
+            self.set_defaults(recipe="fast" if given.fraction is None else
+                              "semi-1" if given.fraction < 0.05 else "semi-10")
+        if self.checkpoint.get("format") == 1:
+            old = self.checkpoint["args"]
+            keep = ["image_size", "seed", "knn_k", "knn_t", "channels_last"]
+            if given.dataset in (None, old["dataset"]):  # these mean nothing to another data set
+                keep += ["dataset", "data_dir", "train_file", "test_file", "classes", "label",
+                         "limit_train", "mean", "std"]
+            self.set_defaults(**{k: old[k] for k in keep})
+        if given.checkpoint == "none":  # else the weights tell
+            self.set_defaults(arch="resnet-tiny", stem="imagenet")
+        self.set_defaults(lr=1.0)  # given.lr is None where --lr is not written
+        args = super().parse_args(argv)
+        if given.lr is None and args.lr_256:
+            args.lr = args.lr_256 * args.batch_size / 256
+        args.dataset, args.out = args.dataset or "shapes", given.out
+        if args.dataset not in SOURCES:
+            raise BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
         return args
 
 

@@ -31,12 +31,7 @@ batch and all of them compute features; every process fits the same fast probe.
 Shapes: N training images, D width of the backbone, C classes, G points of the grid, b rows.
 """
 import argparse
-import collections
-import contextlib
-import json
 import os
-import signal
-import time
 from pathlib import Path
 
 import torch
@@ -78,75 +73,6 @@ RECIPES = {
     "semi-1": dict(SEMI, fraction=0.01, lr=5.0, lr_backbone=0.02),
     "semi-10": dict(SEMI, fraction=0.1, lr=0.2, lr_backbone=0.01),
 }
-
-# ---------------------------------------------------------------------------------- checkpoint
-
-
-def read_checkpoint(path):
-    """The checkpoint as a dict, {} for `none`; BadInput if the file holds anything else."""
-    # the authors' files hold their flags as a Namespace: plain values, loading one runs no code
-    torch.serialization.add_safe_globals([argparse.Namespace])
-    checkpoint = {} if path == "none" else common.load_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise common.BadInput(f"checkpoint {path} holds a {type(checkpoint).__name__}, no weights")
-    return checkpoint
-
-
-def weights_of(checkpoint):
-    """Name -> tensor, without the dicts around it."""
-    for key in ("state", "state_dict", "model"):
-        if isinstance(checkpoint.get(key), dict):
-            return weights_of(checkpoint[key])
-    # ResNets derived from SupContrast call the branch of a block `shortcut`
-    return {k.replace(".shortcut.", ".downsample."): v for k, v in checkpoint.items()
-            if isinstance(v, torch.Tensor)}
-
-
-def load_backbone(path, checkpoint, arch=None, stem=None):
-    """Backbone with the weights of a checkpoint, whatever prefix their names have.
-
-    Args: path, for messages; checkpoint, from `read_checkpoint`; arch, stem: None = by the weights.
-    Returns: the module; dict of arch, stem, prefix, loaded (number of tensors), left_out (first
-    name -> number), missing (BatchNorm's counters of steps, which nothing reads).
-    Errors: BadInput with the file and names if weights are missing, left over or of other shapes.
-    """
-    if checkpoint.get("method") == "sogclr_clip":
-        raise common.BadInput(f"{path} is of sogclr_clip.py, which evaluates it itself: "
-                              f"python sogclr_clip.py --evaluate {path}")
-    weights, candidates = weights_of(checkpoint), []
-    prefixes = dict.fromkeys(k[:-12] for k in weights  # up to the first convolution
-                             if k.endswith("conv1.weight") and "layer" not in k)
-    for a in [arch] if arch else common.ARCHS:
-        for s in [stem] if stem else ("imagenet", "cifar"):
-            with torch.device("meta"):  # without memory
-                shapes = {k: v.shape for k, v in common.resnet(a, s).state_dict().items()}
-            for p in prefixes:
-                fits = [k for k in shapes if p + k in weights and weights[p + k].shape == shapes[k]]
-                copy = any(w in p for w in ("_k.", "ema", "momentum", "target", "teacher"))
-                score = (len(fits), -len(shapes), not copy)  # ties: not the slow one
-                candidates.append((score, p, a, s, shapes, fits))
-    if not any(fits for *_, fits in candidates):
-        raise common.BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
-                              f"{', '.join(list(weights)[:3]) or 'no tensor'}")
-    _, prefix, arch, stem, shapes, fits = max(candidates, key=lambda c: c[0])
-    own = {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
-    missing = [k for k in shapes if k not in fits]
-    absent = [k for k in missing if not k.endswith("num_batches_tracked")]
-    extra = [k for k in own if k.startswith("layer") and k not in shapes]
-    for what, keys in (("of another shape", [k for k in absent if k in own]),
-                       ("missing", absent), ("left over", extra)):
-        if keys:
-            raise common.BadInput(f"checkpoint {path} is no {arch} with {stem} stem: {len(keys)} "
-                                  f"weights {what}, {', '.join(prefix + k for k in keys[:3])}")
-    backbone = common.resnet(arch, stem)
-    backbone.load_state_dict({k: own[k] for k in fits}, strict=False)
-    left_out = collections.Counter()
-    for key in set(weights) - {prefix + k for k in fits}:
-        start = len(prefix) if key.startswith(prefix) else 7 * key.startswith("module.")
-        left_out[key[:start] + key[start:].split(".")[0]] += 1
-    return backbone, dict(arch=arch, stem=stem, prefix=prefix, loaded=len(fits),
-                          left_out=dict(sorted(left_out.items())), missing=missing)
-
 
 # ---------------------------------------------------------------------------------- rows
 
@@ -373,63 +299,6 @@ def top_k_accuracy(logits, y):
 # ---------------------------------------------------------------------------------- results
 
 
-def results_path(args):
-    """Path of the results; BadInput if it cannot be written or holds those of another run."""
-    folder = Path(args.checkpoint).parent
-    if args.checkpoint == "none":
-        folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
-    path = folder / f"{args.method}-{args.recipe}-{args.label}.json" if args.out is None else \
-        Path(args.out)
-    above = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        raise common.BadInput(f"{path} cannot be written; use another --out")
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            if old["script"] != f"{args.method}.py":
-                raise ValueError("a file of another script")
-            changed = common.changed_flags(old["args"], args, (*common.FREE_FLAGS, "device"))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise common.BadInput(f"{path} is no file of this script; use another --out") from None
-        if changed:
-            raise common.BadInput(f"{path} holds results with other flags ({', '.join(changed)}); "
-                                  "use another --out")
-    return path
-
-
-def start_evaluation(args, checkpoint):
-    """What every evaluation begins with. Returns: record, a dict of what is known about the run;
-    path of the results; device; the backbone there; a line that describes it."""
-    path = results_path(args)
-    ours, script = checkpoint if checkpoint.get("format") == 1 else {}, f"{args.method}.py"
-    record = dict(script=script, command=" ".join([script, *args.argv]), seconds=time.time(),
-                  checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
-                  label=args.label, seed=args.seed, args=common.flags_dict(args))
-    device = common.setup(args)
-    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if args.checkpoint == "none":
-        backbone, loaded = common.resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
-        description = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"
-    else:
-        backbone, loaded = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
-        left_out = ", ".join(f"{k} ({n})" for k, n in loaded["left_out"].items()) or "nothing"
-        description = (
-            f"{args.checkpoint}: {loaded['loaded']} tensors of {loaded['arch']}, {loaded['stem']} "
-            f"stem, loaded from '{loaded['prefix']}*'; left out: {left_out}; missing: "
-            f"{', '.join(loaded['missing'][:3]) or 'nothing'}")
-    record["backbone"] = loaded
-    backbone = backbone.to(device, memory_format=common.memory_format(args)).eval()
-    return record, path, device, backbone, description
-
-
-def write_results(path, record, device, **results):
-    """Save the record of `start_evaluation` with the results as JSON."""
-    record.update(results, **common.environment(device),
-                  seconds=round(time.time() - record["seconds"], 1))
-    common.atomic_write(path, lambda file: file.write(f"{json.dumps(record, indent=1)}\n".encode()))
-
-
 def result_lines(results, name=""):
     """Lines for the terminal: one for every dict of numbers, under the names that lead to it."""
     numbers = [f"{k} {v:.4g}" for k, v in results.items() if isinstance(v, (int, float))]
@@ -466,7 +335,7 @@ def evaluate(args, checkpoint):
         raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
     if args.mode == "fast":
         common.reject_unused(args, ["micro_batch"], "by --mode fast")
-    record, path, device, backbone, description = start_evaluation(args, checkpoint)
+    record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     data, names, notes = load_labelled(args, device)
     for column in args.retrieval_labels:
         data.train.column(column), data.test.column(column)
@@ -488,9 +357,9 @@ def evaluate(args, checkpoint):
     print(f"protocol: {protocol}; {common.source(args)}, column {args.label}: {len(names)} "
           f"classes, {len(data.train)} training and {len(data.test)} test images")
     print("\n".join(result_lines(results)))
-    write_results(path, record, device, protocol=protocol, recipe=args.recipe, results=results,
-                  data=dict(train=len(data.train), test=len(data.test), classes=len(names),
-                            notes=notes))
+    common.write_results(
+        path, record, device, protocol=protocol, recipe=args.recipe, results=results,
+        data=dict(train=len(data.train), test=len(data.test), classes=len(names), notes=notes))
     print(f"  {'results':26} {path}")
     if args.picture is not None:
         image = Path(args.picture) if args.picture else path.with_suffix(".png")
@@ -498,51 +367,9 @@ def evaluate(args, checkpoint):
         print(f"  {'picture':26} {image}")
 
 
-class Parser(common.Parser):
-    """The shared flags; a checkpoint of this project gives their defaults."""
-
-    trains = False
-
-    def __init__(self, method, doc, recipes):
-        super().__init__(method, doc, recipes)
-        self.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
-        add = self.add_argument_group("checkpoint and results").add_argument
-        add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
-        add("--out", help=f"JSON file (default: {method}-RECIPE-LABEL.json beside the checkpoint)")
-        self.set_defaults(**dict.fromkeys(  # None where the command line is silent
-            ["recipe", "dataset", "arch", "stem", "lr", "lr_256", "fraction", "subset"]))
-
-    def parse_args(self, argv=None):
-        """Flag over recipe over checkpoint; self.checkpoint is what `read_checkpoint` gave."""
-        given = self.parse_known_args(argv)[0]
-        self.checkpoint = read_checkpoint(given.checkpoint)
-        if given.recipe is None:
-            if given.subset and given.fraction is None:
-                raise common.BadInput("--subset needs a --recipe: semi-1, semi-10, or a probe")
-            self.set_defaults(recipe="fast" if given.fraction is None else
-                              "semi-1" if given.fraction < 0.05 else "semi-10")
-        if self.checkpoint.get("format") == 1:
-            old = self.checkpoint["args"]
-            keep = ["image_size", "seed", "knn_k", "knn_t", "channels_last"]
-            if given.dataset in (None, old["dataset"]):  # these mean nothing to another data set
-                keep += ["dataset", "data_dir", "train_file", "test_file", "classes", "label",
-                         "limit_train", "mean", "std"]
-            self.set_defaults(**{k: old[k] for k in keep})
-        if given.checkpoint == "none":  # else the weights tell
-            self.set_defaults(arch="resnet-tiny", stem="imagenet")
-        self.set_defaults(lr=1.0)  # given.lr is None where --lr is not written
-        args = super().parse_args(argv)
-        if given.lr is None and args.lr_256:
-            args.lr = args.lr_256 * args.batch_size / 256
-        args.dataset, args.out = args.dataset or "shapes", given.out
-        if args.dataset not in common.SOURCES:
-            raise common.BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
-        return args
-
-
 def main(argv=None):
     """Parse the flags and evaluate; `main([...])` runs in this process."""
-    parser = Parser("linear_eval", __doc__, RECIPES)
+    parser = common.EvaluationParser("linear_eval", __doc__, RECIPES)
     add = parser.add_argument_group("evaluation").add_argument
     add("--picture", nargs="?", const="", help="save a retrieval grid (default: beside --out)")
     add("--retrieval-labels", nargs="+", default=[], help="further columns for R@k and mAP@R")

@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-import linear_eval
 
 # ---------------------------------------------------------------------------------- recipes
 
@@ -315,7 +314,7 @@ def evaluate(args, checkpoint):
         args.outliers = ["unseen"]
     common.check_ranges(args, above=["ridge", "k"], least=["bootstrap"])
     common.reject_unused(args, ["micro_batch"], "by ood_eval.py, which trains nothing")
-    record, path, device, backbone, description = linear_eval.start_evaluation(args, checkpoint)
+    record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     data = load_inliers(args, device)
     sets = [load_outliers(text, args, device) for text in args.outliers]
     if len({name for name, _ in sets}) < len(sets):
@@ -348,7 +347,7 @@ def evaluate(args, checkpoint):
           f"{', '.join(f'{name} {len(t)}' for name, t in sets)}")
     print("\n".join([*result_lines(results, intervals), "  percent; headline: gaussian; [95 % "
                      "bootstrap interval over images]"]))
-    linear_eval.write_results(
+    common.write_results(
         path, record, device, headline="gaussian", results=results, intervals=intervals,
         data=dict(train=len(data.train), test=len(data.test),
                   outliers={name: len(t) for name, t in sets}))
@@ -358,7 +357,7 @@ def evaluate(args, checkpoint):
 
 def main(argv=None):
     """Parse the flags and evaluate; `main([...])` runs in this process."""
-    parser = linear_eval.Parser("ood_eval", __doc__, RECIPES)
+    parser = common.EvaluationParser("ood_eval", __doc__, RECIPES)
     add = parser.add_argument_group("evaluation").add_argument
     add("--outliers", nargs="+", help="unseen (shapes), another data set, NAME=FILE.npz, "
         "NAME=FOLDER; the files below --data-dir")

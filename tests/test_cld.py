@@ -711,7 +711,7 @@ def test_the_evaluation_takes_the_query_network(run_main, tmp_path):
     """linear_eval.py finds the backbone of the query, not of the key; recipe infomin of CLD."""
     made = run_main(cld.main, "run", [*PAIR, "--key-momentum", "0.5"])
     path = tmp_path / "run/checkpoint.pt"
-    backbone, about = linear_eval.load_backbone(path, linear_eval.read_checkpoint(str(path)))
+    backbone, about = common.load_backbone(path, common.load_checkpoint(str(path)))
     assert about["prefix"] == "backbone."
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, made["state"]["model"][f"backbone.{name}"])

@@ -1,7 +1,10 @@
 """linear_eval.py: what it loads, which rows it takes, what it trains, and what it writes."""
 import argparse
+import collections
+import datetime
 import json
 import math
+import pathlib
 from unittest import mock
 
 import numpy as np
@@ -49,7 +52,7 @@ def trained(tmp_path_factory):
 
 
 def flags(*argv):
-    return linear_eval.Parser.parse_args(build_parser(), [*MACHINE, *argv])
+    return common.EvaluationParser.parse_args(build_parser(), [*MACHINE, *argv])
 
 
 def build_parser():
@@ -98,6 +101,13 @@ def moco(q, k):
         **prefixed("module.encoder_k.", k), "module.queue": torch.ones(2)})
 
 
+def sequential(resnet, *without):
+    """State dict of nn.Sequential of the children of a ResNet."""
+    return nn.Sequential(*(m for n, m in resnet.named_children() if n not in ("fc", *without))
+                         ).state_dict()
+
+
+TWO = ("moco", "key encoder first", "student and teacher", "BYOL", "k_encoder first")
 FORMATS = {  # name: (arch, stem, file of (network, another network), prefix, left out)
     "torchvision": ("resnet50", "imagenet", lambda q, k: dict(
         q.state_dict(), **{"fc.weight": torch.ones(3, 2048), "fc.bias": torch.ones(3)}),
@@ -124,6 +134,26 @@ FORMATS = {  # name: (arch, stem, file of (network, another network), prefix, le
     "shortcut": ("resnet18", "cifar", lambda q, k: dict(model={
         k.replace("downsample", "shortcut"): v for k, v in prefixed("encoder.", q).items()}),
         "encoder.", {}),
+    "student and teacher": ("resnet-tiny", "imagenet", lambda q, k: dict(  # dicts of dicts
+        epoch=3, teacher=k.state_dict(), student=q.state_dict(), args=dict(
+            lr=np.float64(0.1), seed=np.int64(3), data=pathlib.Path("/a/b"), curve=np.ones(3),
+            kinds={"a"}, text=np.str_("x"), date=datetime.datetime(2020, 1, 1),
+            flags=argparse.Namespace(out=pathlib.PurePosixPath("c"), counts=collections.defaultdict(
+                list)))), "student/", {}),
+    "BYOL": ("resnet18", "imagenet", lambda q, k: dict(  # numbered layers
+        target_network_state_dict=sequential(k), online_network_state_dict={
+            **{"encoder." + n: v for n, v in sequential(q).items()}, "projection.net.0.bias":
+            torch.ones(3)}, optimizer_state_dict=dict(state={0: dict(exp_avg=torch.ones(3))})),
+        "online_network_state_dict/encoder.", {"projection": 1}),
+    "numbered, cifar": ("resnet18", "cifar", lambda q, k: dict(net={  # without maxpool
+        f"f.{n}": v for n, v in sequential(q, "maxpool").items()}), "net/f.", {}),
+    "VISSL": ("resnet-tiny", "imagenet", lambda q, k: dict(
+        iteration=7, classy_state_dict=dict(base_model=dict(model=dict(
+            heads=prefixed("0.clf.", nn.Linear(2, 2)), trunk=prefixed("_feature_blocks.", q))))),
+        "classy_state_dict/base_model/model/trunk/_feature_blocks.", {}),
+    "k_encoder first": ("resnet-tiny", "imagenet", lambda q, k: dict(model_state_dict={
+        **prefixed("k_encoder.", k), **prefixed("q_encoder.", q)}), "model_state_dict/q_encoder.",
+        {"k_encoder": 72}),
     "no counters": ("resnet-tiny", "imagenet", lambda q, k: {
         k: v for k, v in q.state_dict().items() if "num_batches" not in k}, "", {}),
 }
@@ -132,11 +162,10 @@ FORMATS = {  # name: (arch, stem, file of (network, another network), prefix, le
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_network(name, tmp_path):
     arch, stem, make, prefix, left_out = FORMATS[name]
-    q, k = network(arch, stem, 1), network(arch if "k" in name else "resnet-tiny", stem, 2)
-    k = network(arch, stem, 2) if name in ("moco", "key encoder first") else k
+    q, k = network(arch, stem, 1), network(arch if name in TWO else "resnet-tiny", stem, 2)
     torch.save(make(q, k), tmp_path / "file.pt")
-    checkpoint = linear_eval.read_checkpoint(str(tmp_path / "file.pt"))
-    loaded, about = linear_eval.load_backbone("file", checkpoint)
+    checkpoint = common.load_checkpoint(str(tmp_path / "file.pt"))
+    loaded, about = common.load_backbone("file", checkpoint)
     assert (about["arch"], about["stem"], about["prefix"]) == (arch, stem, prefix)
     assert about["left_out"] == left_out
     counters = [n for n in q.state_dict() if "num_batches" in n]
@@ -144,7 +173,23 @@ def test_every_format_gives_the_same_network(name, tmp_path):
     assert about["loaded"] == len(q.state_dict()) - len(about["missing"])
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(x), q(x))
-    assert name not in ("moco", "key encoder first") or not torch.equal(loaded(x), k(x))
+    assert name not in TWO or not torch.equal(loaded(x), k(x))
+
+
+@pytest.mark.parametrize("slow, fast", [
+    ("keyEncoder.", "queryEncoder."), ("encoder_k.", "encoder_q."), ("ema.", "net."),
+    ("ema_model.module.", "model.module."), ("momentum_encoder.", "base_encoder."),
+    ("target_encoder.net.", "online_encoder.net."), ("teacher.backbone.", "student.backbone."),
+    ("model_ema.", "model."), ("netK.", "netQ."), ("encoder.k.", "encoder.q.")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_of_two_networks_the_trained_one_is_taken(slow, fast, nested):
+    q, k = (network("resnet-tiny", "imagenet", seed).state_dict() for seed in (1, 2))
+    for first, second in ((slow, fast), (fast, slow)):
+        both = {p: k if p == slow else q for p in (first, second)}
+        if not nested:
+            both = {p + n: x for p, state in both.items() for n, x in state.items()}
+        loaded = common.load_backbone("file", dict(epoch=1, state_dict=both))[0].state_dict()
+        assert all(torch.equal(loaded[n], q[n]) for n in q)
 
 
 def test_files_that_do_not_fit(tmp_path, capsys):
@@ -162,7 +207,13 @@ def test_files_that_do_not_fit(tmp_path, capsys):
         format=1, method="sogclr_clip", args=args, state={}))
     assert "no weight fits a ResNet; it holds visual.a, b" in error({
         "visual.a": torch.ones(2), "b": torch.ones(1)})
-    assert "holds no tensor" in error({"model": {}})
+    assert "it holds no tensor under its keys epoch, model" in error({"epoch": 1, "model": {}})
+    many = {f"layer.{i}": torch.ones(1) for i in range(9)}
+    assert "it holds trunk/layer.0, trunk/layer.1," in error(dict(epoch=1, trunk=many))
+    for value, kind in ((torch.nn.Identity(), "torch.nn.modules.linear.Identity"),
+                        (collections.deque([1]), "collections.deque")):
+        assert f"cannot be read: it holds a {kind}, which could run code" in error(
+            dict(state, epoch=value))
     assert "holds a Tensor, no weights" in error(torch.ones(3))
     assert "1 weights missing, layer4.1.bn2.running_var" in error({
         k: v for k, v in state.items() if k != "layer4.1.bn2.running_var"})
@@ -189,7 +240,7 @@ def test_trained_resnet18_loads_into_torchvision(trained):
     fc = {"fc." + k: v for k, v in theirs.fc.state_dict().items()}
     theirs.load_state_dict({**weights, **fc}, strict=True)
     theirs.fc = torch.nn.Identity()
-    ours = linear_eval.load_backbone("", dict(model=model))[0]
+    ours = common.load_backbone("", dict(model=model))[0]
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(theirs.eval()(x), ours.eval()(x))
 
@@ -475,8 +526,8 @@ def test_only_fine_tuning_changes_the_backbone(recipe, rate, tmp_path, monkeypat
         seen.append({k: v.clone() for k, v in seen[0][0].state_dict().items()})
         return seen[0]
 
-    original = linear_eval.load_backbone
-    monkeypatch.setattr(linear_eval, "load_backbone", catch)
+    original = common.load_backbone
+    monkeypatch.setattr(common, "load_backbone", catch)
     file = tmp_path / "file.pt"
     torch.save(network("resnet-tiny", "imagenet", 5).state_dict(), file)
     record = run(tmp_path, "--checkpoint", str(file), "--recipe", recipe, "--epochs", "2",
@@ -504,7 +555,7 @@ def check_two_steps(epochs, file):
     args = flags("--checkpoint", str(file), "--recipe", "cifar", "--epochs", "2", "--batch-size",
                  "48", "--fraction", "0.5", "--label", "coarse")
     data = linear_eval.load_labelled(args, CPU)[0]
-    backbone = linear_eval.load_backbone("", linear_eval.read_checkpoint(str(file)))[0].eval()
+    backbone = common.load_backbone("", common.load_checkpoint(str(file)))[0].eval()
     torch.manual_seed(args.seed)
     fc = torch.nn.Linear(128, 6)
     optimizer = torch.optim.SGD(fc.parameters(), 5.0, 0.9)

@@ -13,7 +13,6 @@ from PIL import Image
 
 import clinfonce
 import common
-import linear_eval
 import ood_eval
 
 MACHINE = ["--device", "cpu", "--threads", "1", "--workers", "0", "--bootstrap", "20", "--k", "5"]
@@ -217,8 +216,8 @@ def test_a_run_from_end_to_end(tmp_path, trained, capsys):
     assert "6 classes have no more training images than features (128)" in out
 
     args = ood_eval_flags("--checkpoint", trained, "--label", "coarse")
-    checkpoint = linear_eval.read_checkpoint(str(trained))
-    backbone = linear_eval.load_backbone("x", checkpoint)[0]
+    checkpoint = common.load_checkpoint(str(trained))
+    backbone = common.load_backbone("x", checkpoint)[0]
     data = ood_eval.load_inliers(args, torch.device("cpu"))
     outliers = common.Table({}, {}, common.shapes(1024, seed=2, unseen=True)[0])
     h = [common.extract_features(backbone, data, t) for t in (data.train, data.test, outliers)]

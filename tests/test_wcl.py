@@ -23,7 +23,6 @@ from runs import SMALL, end, log_of, start, torchrun
 from torch import nn
 
 import common
-import linear_eval
 import wcl
 
 B = 16
@@ -609,7 +608,7 @@ def test_last_lines_and_the_untrained_network(run_main, tmp_path, capsys):
     assert first["random"] < 60 and 5 < first["completeness"] < 100
     # the evaluation finds the encoder; the heads (ten weights, six of BatchNorm each) are left out
     path = str(tmp_path / "run" / "checkpoint.pt")
-    about = linear_eval.load_backbone(path, linear_eval.read_checkpoint(path))[1]
+    about = common.load_backbone(path, common.load_checkpoint(path))[1]
     assert (about["arch"], about["prefix"]) == ("resnet-tiny", "backbone.")
     assert about["left_out"] == {"head1": 16, "head2": 16} and not about["missing"]
 
