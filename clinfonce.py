@@ -376,8 +376,9 @@ class Clusters(nn.Module):
                                    "smaller --lr")
         self.ids.zero_()
         if common.rank() == 0:
-            on_device = args.kmeans == "torch" or args.kmeans == "auto" and x.is_cuda
-            ids, _ = kmeans_torch(x, args.k) if on_device else kmeans(x.cpu(), args.k)
+            on_device = args.kmeans == "torch" or args.kmeans == "auto" and self.ids.is_cuda
+            x = x.to(self.ids.device if on_device else "cpu").float()
+            ids, _ = (kmeans_torch if on_device else kmeans)(x, args.k)
             self.ids.copy_(ids)
         common.all_reduce_sum(self.ids)  # the others add zeros
 

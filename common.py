@@ -2064,13 +2064,14 @@ def image_rows(path, title, rows, left=8, side=96):
 
 
 @torch.no_grad()
-def extract_features(module, data, table, resize=False, select=None, normalize=False):
+def extract_features(module, data, table, resize=False, select=None, normalize=False,
+                     limit=2 ** 30):
     """Output of a network for every image of a table, in evaluation mode, computed by all ranks.
 
     Args: module, images (n, 3, S, S) to (n, D), or to what `select` takes (n, D) from; table of
     `data`; resize, see `Data.eval_batches`; normalize: L2-normalise the rows.
     Returns: (N, D) on every rank, float32 on the device, or float16 on the CPU if it holds more
-    than 2^30 numbers (ImageNet in 2048-d has 2.6e9).
+    than `limit` numbers (ImageNet in 2048-d has 2.6e9).
     """
     args, N, W = data.args, len(table), world()
     for buffer in module.buffers() if W > 1 else ():
@@ -2085,7 +2086,7 @@ def extract_features(module, data, table, resize=False, select=None, normalize=F
         y = module((x - mean) / std)
         y = (y if select is None else select(y)).float()
         y = F.normalize(y, dim=1) if normalize else y
-        large = N * y.shape[1] > 2 ** 30
+        large = N * y.shape[1] > limit
         parts.append(y.half().cpu() if large else y)
     module.train(was_training)
     features = gather(torch.cat(parts)).unflatten(0, (W, -1))  # row i is on rank i % W
@@ -2141,7 +2142,8 @@ def knn_top1(query, y_query, bank, y_bank, args):
     right; labels (Q,), (N,) are int64 from 0. The ranks share the queries."""
     own, classes = slice(rank(), None, world()), int(max(y_bank.max(), y_query.max())) + 1
     scores = knn_scores(query[own], bank, y_bank, classes, args.knn_k, args.knn_t)
-    return 100 * all_reduce_sum((scores.argmax(1) == y_query[own]).sum()).item() / len(query)
+    right = (scores.argmax(1) == y_query[own].to(scores.device)).sum()
+    return 100 * all_reduce_sum(right).item() / len(query)
 
 
 def knn_accuracy(module, data, select=None):

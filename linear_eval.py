@@ -156,7 +156,8 @@ def standardizer(x):
     mean, std = mean.float(), std.float()
 
     def standardize(x, rows, device):
-        return F.pad(((x[rows.to(x.device)].float() - mean) / std).to(device), (0, 1), value=1.0)
+        part = x[rows.to(x.device)].to(device, non_blocking=True).float()
+        return F.pad((part - mean.to(device)) / std.to(device), (0, 1), value=1.0)
     return standardize
 
 
@@ -172,10 +173,10 @@ def fit_softmax_regression(x, y, rows, standardize, classes, grid, args):
     velocity, step, steps = torch.zeros_like(W), 0, args.epochs * -(-len(rows) // args.batch_size)
     for epoch in common.progress(range(args.epochs), desc=f"fast probe, grid of {len(grid)}"):
         order = torch.randperm(len(rows), generator=common.generator(args.seed, epoch, "probe"))
-        for batch in rows[order].split(args.batch_size):
+        for batch in rows[order].to(x.device).split(args.batch_size):
             xb = standardize(x, batch, y.device)  # (b, D + 1)
             p = (xb @ W.flatten(1)).unflatten(1, W.shape[1:]).softmax(2)  # (b, G, C)
-            p -= F.one_hot(y[batch.to(y.device)], classes)[:, None]  # gradient of cross-entropy
+            p -= F.one_hot(y[batch.to(y.device, non_blocking=True)], classes)[:, None]  # gradient of cross-entropy
             gradient = (xb.T @ p.flatten(1) / len(batch)).unflatten(1, W.shape[1:])
             gradient[:-1] += decay * W[:-1]
             velocity.mul_(args.momentum).add_(gradient)
@@ -191,7 +192,8 @@ def choose_hyperparameters(x, y, standardize, classes, args):
     Returns: dict of lr, weight_decay, validation_top1 (ties: the first point), and the grid.
     """
     order = torch.randperm(len(y), generator=common.generator(args.seed, 0, "held out"))
-    of_class = [order[y.cpu()[order] == c] for c in range(classes)]
+    y_order = y.cpu()[order]
+    of_class = [order[y_order == c] for c in range(classes)]
     held_out = [r[:max(1, len(r) // 5)] for r in of_class if len(r) > 1]
     if not held_out:
         raise common.BadInput("the fast probe needs a class with two training images to choose by")
@@ -264,7 +266,7 @@ def train_probe(args, data, backbone, classes, device):
                                 weight_decay=args.weight_decay)
     scaler, steps = common.scaler(args, device), args.epochs * data.steps_per_epoch
     y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
-    h_test = common.extract_features(backbone, data, data.test).to(device) if frozen else None
+    h_test = common.extract_features(backbone, data, data.test) if frozen else None
     epochs, losses = [], []
     batches = data.batches(0, steps, common.augmentation(args), views=1)
     for batch in (bar := common.progress(batches, total=steps, desc=args.recipe)):
@@ -282,7 +284,7 @@ def train_probe(args, data, backbone, classes, device):
         scaler.update()
         if data.end_of_epoch(batch.step):
             with torch.no_grad():
-                logits = fc(h_test) if frozen else common.extract_features(model, data, data.test)
+                logits = fc(h_test.to(device).float()) if frozen else common.extract_features(model, data, data.test)
             epochs.append(dict(top_k_accuracy(logits, y_test), epoch=len(epochs) + 1, lr=lr,
                                loss=sum(losses) / len(losses)))
             bar.set_postfix({k: f"{v:.4g}" for k, v in epochs[-1].items()}, refresh=False)

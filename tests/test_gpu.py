@@ -4,12 +4,14 @@ Every variant of the training must run without a device error, log exactly what 
 and wait for the device no more often in a step than its row of VARIANTS says.
 """
 import contextlib
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pretend_cuda
 import pytest
+import torch
 from PIL import Image
 from runs import BASE, checkpoint, differences, log_of
 
@@ -166,7 +168,7 @@ def trained(run, root):
 
 
 PROBE = [*BASE[2:4], "--workers", "0"]
-FAST = ["--recipe", "fast", "--epochs", "2", "--picture"]
+FAST = ["--recipe", "fast", "--epochs", "2", "--batch-size", "4", "--picture"]
 LINEAR = ["--recipe", "cifar", "--epochs", "2", "--batch-size", "16"]
 TUNED = ["--recipe", "semi-10", "--epochs", "2", "--batch-size", "8", "--fraction", "1"]
 OOD = ["--bootstrap", "20", "--k", "5"]
@@ -198,6 +200,51 @@ def test_evaluation(name, run, trained, tmp_path, capsys):
         if device == "cuda" and allowed is not None:
             assert len(waits := waits_of_a_step(waits)) <= allowed, "\n".join(waits)
     assert results[0] == results[1] or "--amp" in flags
+
+
+@pytest.mark.parametrize("limit", [0, 3000], ids=["all", "only the training set's"])
+@pytest.mark.parametrize("name", ["fast from files", "linear from files"])
+def test_features_kept_on_the_cpu(name, limit, run, trained, tmp_path, monkeypatch):
+    """Features of large sets are float16 on the CPU: 32 training and 16 test images in 128-d."""
+    real, dtypes, results = common.extract_features, set(), []
+
+    def extract_features(*args, **kwargs):
+        h = real(*args, **kwargs, limit=limit)
+        dtypes.add((len(h), h.dtype, h.is_cuda))
+        return h
+
+    module, variant, flags, _ = EVALUATIONS[name]
+    checkpoint = trained(variant)
+    monkeypatch.setattr(common, "extract_features", extract_features)
+    for device in ("cuda", "cpu"):
+        dtypes.clear()
+        out = tmp_path / f"{device}.json"
+        run((module, ["--checkpoint", checkpoint, *PROBE, *flags]), out, device)
+        results.append(json.loads(out.read_text())["results"])
+        test = (16, torch.float16, False) if limit == 0 else (16, torch.float32, device == "cuda")
+        assert dtypes == {test} | ({(32, torch.float16, False)} if "fast" in name else set())
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kmeans", ["torch", "faiss", "auto"])
+def test_embeddings_to_cluster_kept_on_the_cpu(kmeans, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "extract_features",
+                        functools.partial(common.extract_features, limit=0))
+    monkeypatch.setitem(VARIANTS, "few", (clinfonce, [*KMEANS, "--kmeans", kmeans], 1))
+    run("few", tmp_path / "cuda", "cuda")
+    if kmeans != "auto":  # which is another one on a CPU
+        run("few", tmp_path / "cpu", "cpu")
+        assert_same_log(tmp_path / "cpu", tmp_path / "cuda")
+
+
+def test_the_fast_probe_waits_once_an_epoch(run, trained, tmp_path):
+    _, variant, flags, _ = EVALUATIONS["fast"]
+    events = run((linear_eval, ["--checkpoint", trained(variant), *PROBE, *flags]),
+                 tmp_path / "results.json", "cuda")
+    waits = [e for e in events if e.kind == "wait" and e.function in (
+        "fit_softmax_regression", "standardize")]
+    # two fits of two epochs and their grid; held-out and test rows; 8 steps an epoch wait for none
+    assert len(waits) <= 2 * (2 + 1) + 2, waits
 
 
 # ------------------------------------------------------------------ the tests can fail
