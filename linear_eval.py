@@ -176,7 +176,8 @@ def fit_softmax_regression(x, y, rows, standardize, classes, grid, args):
         for batch in rows[order].to(x.device).split(args.batch_size):
             xb = standardize(x, batch, y.device)  # (b, D + 1)
             p = (xb @ W.flatten(1)).unflatten(1, W.shape[1:]).softmax(2)  # (b, G, C)
-            p -= F.one_hot(y[batch.to(y.device, non_blocking=True)], classes)[:, None]  # gradient of cross-entropy
+            target = y[batch.to(y.device, non_blocking=True)]
+            p -= F.one_hot(target, classes)[:, None]  # gradient of cross-entropy
             gradient = (xb.T @ p.flatten(1) / len(batch)).unflatten(1, W.shape[1:])
             gradient[:-1] += decay * W[:-1]
             velocity.mul_(args.momentum).add_(gradient)
@@ -266,7 +267,7 @@ def train_probe(args, data, backbone, classes, device):
                                 weight_decay=args.weight_decay)
     scaler, steps = common.scaler(args, device), args.epochs * data.steps_per_epoch
     y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
-    h_test = common.extract_features(backbone, data, data.test) if frozen else None
+    h_test = frozen and common.extract_features(backbone, data, data.test).to(device).float()
     epochs, losses = [], []
     batches = data.batches(0, steps, common.augmentation(args), views=1)
     for batch in (bar := common.progress(batches, total=steps, desc=args.recipe)):
@@ -284,7 +285,7 @@ def train_probe(args, data, backbone, classes, device):
         scaler.update()
         if data.end_of_epoch(batch.step):
             with torch.no_grad():
-                logits = fc(h_test.to(device).float()) if frozen else common.extract_features(model, data, data.test)
+                logits = fc(h_test) if frozen else common.extract_features(model, data, data.test)
             epochs.append(dict(top_k_accuracy(logits, y_test), epoch=len(epochs) + 1, lr=lr,
                                loss=sum(losses) / len(losses)))
             bar.set_postfix({k: f"{v:.4g}" for k, v in epochs[-1].items()}, refresh=False)
