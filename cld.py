@@ -2,9 +2,11 @@
 CVPR 2021, arXiv 2008.03813), on top of NPID, MoCo, MoCo v2, InfoMin or BYOL.
 
 Instance discrimination makes every image a class of its own, so it pushes similar images apart. CLD
-adds a coarse branch: each view of a batch is grouped, and each image of one view is told from the
-groups of the other view. The running text of the paper could not be read when this file was
-written: the labels E1 to E11 are this project's, the details are those of the authors' code.
+adds a coarse branch (Fig. 2 [T]). It groups each view of a batch, and each image of one view must
+find its own group among those of the other view. The equations are those of the authors' code. The
+paper's equation numbers could not be found, so the labels E1 to E11 are this project's. f_I, f_G, M
+and C are symbols of Fig. 2; its Gamma(i) is G_i here, its bank {v_i} is V. How sure a reference is:
+[T] the paper's own figure or caption, [A] its authors elsewhere.
 
     C(f, p, Q; T) = -log( exp f.p/T / (exp f.p/T + sum_{q in Q} exp f.q/T) )                 E1
     NPID: L_I = mean_i C(f_i, v_i, all other rows of V; T)       V: one row for every image  E2
@@ -14,12 +16,13 @@ written: the labels E1 to E11 are this project's, the details are those of the a
     MoCo: L_I = mean_i C(q_i, k_i, Q; T)    k from the key network, Q a queue of older keys  E5
     groups G, M of a view: ids of k-means in the batch, and the means of f_G by id           E6
     L_CLD = ( mean_i CE(f_G,i M'^T / T_G, G'_i) + mean_i CE(f'_G,i M^T / T_G, G_i) ) / 2     E7
+    (Fig. 2 [T]: the groups and the ids are those of the other view)
     L = (L_I of view 1 + L_I of view 2) / 2 + lambda L_CLD                                   E8
     NormLinear: y = x/|x| . W with every column of W of norm 1           common.NormLinear   E9
     grouping by normalised cuts: k-means on eigenvectors of the graph of |cos|              E10
     weighted kNN: score_c = sum over the K nearest of class c exp(sim / T)    common.knn_*  E11
     InfoMin: L_I also takes a jigsaw query with weight beta. Key network: theta_k <- alpha theta_k +
-    (1 - alpha) theta_q. BYOL + CLD was announced, never released: here it is a sketch of ours.
+    (1 - alpha) theta_q. BYOL + CLD was announced but never released: ours is only a sketch.
 
 Labels used:  none.
 State kept:   NPID: V (512 bytes an image) and Z; MoCo, InfoMin: key network and queue; BYOL: key
@@ -36,8 +39,7 @@ Shapes:       n images, B global batch, b rows of this process, D width of f, k 
     torchrun --nproc_per_node=8 cld.py --recipe imagenet --data-dir DIR            # MoCo v2 + CLD
     torchrun --nproc_per_node=8 cld.py --recipe imagenet-infomin --data-dir DIR    # InfoMin + CLD
 Measured: demo 93 CPU seconds a process, kNN 11 -> 35 % (synthetic); c100-small about 220 CPU
-seconds, results in the README. The authors report kNN 86.7 % for NPID + CLD on CIFAR-10, 57.5 % on
-CIFAR-100. The GPU recipes were not run yet at full length.
+seconds. The results are in results/README.md. The GPU recipes have not been run at full length yet.
 """
 import copy
 
@@ -50,8 +52,8 @@ import common
 
 # ---------------------------------------------------------------------------------- recipes
 
-# [S] the authors' scripts, [D] defaults and code they run with, [A] the first author in their issue
-# tracker, [K] chosen for this project, not tuned and not from the paper
+# [S] the authors' scripts, [D] defaults and code they run with, [K] chosen for this project, not
+# tuned and not from the paper. [A] the authors' README (the paper's kNN or linear top-1) and issues
 SMALL = dict(  # [K] as clinfonce.py, but with the rate of [S]: at 0.5, T = 0.1, NPID does not learn
     lr=0.06, momentum=0.9, nesterov=True, weight_decay=1e-4, schedule="cosine", warmup=1,
     batch_size=256, channels_last=True)
@@ -63,7 +65,7 @@ CIFAR = dict(  # [S] 200 epochs of batch 256, rate 0.03 * 256 / 128
     momentum=0.9, weight_decay=7e-4, schedule="cosine", warmup=5,
     crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.4], jitter_p=1.0, gray=0.2,
     mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010],
-    amp="auto", channels_last=True, knn_every=10)  # theirs apex O1, kNN every epoch
+    amp="auto", channels_last=True, knn_every=10)  # theirs: apex O1, kNN every epoch
 MOCO = dict(  # [S] train_cifar10_moco_cld.sh: not "the same as NPID + CLD", as their README has it
     CIFAR, base="moco", head="normlinear", tau=0.07, knn_t=0.07, queue=12288, key_momentum=0.999,
     weight_decay=8e-4, k=200, iters=5, tau_cld=0.2, lambda_cld=0.8,
@@ -85,19 +87,21 @@ RECIPES = {
         knn_t=0.07, knn_every=15),
     "c10": dict(  # [K] all methods' longer run; CLD as in cifar10
         NPID | SMALL, dataset="cifar10", epochs=40, crop=[0.08, 1.0], knn_t=0.07, knn_every=8),
-    "cifar10": NPID | CIFAR,  # [S]
-    "cifar100": dict(NPID | CIFAR, dataset="cifar100", k=200),  # [S] train_cifar100_npid_cld.sh
-    "cifar10-moco": MOCO,
+    "cifar10": NPID | CIFAR,  # [S]; [A] kNN 86.7, NPID alone 80.8; re-run 86.8
+    "cifar100": dict(  # [S] train_cifar100_npid_cld.sh; [A] kNN 57.5, NPID alone 51.6; re-run 58.8
+        NPID | CIFAR, dataset="cifar100", k=200),
+    "cifar10-moco": MOCO,  # [A] kNN 87.5, MoCo alone 82.1
     "cifar100-moco": dict(  # [S] train_cifar100_moco_cld.sh; "basic" augmentation
+        # [A] kNN 58.1, MoCo alone 53.1; re-run with a linear head 59.1, with normlinear 59.7
         MOCO, dataset="cifar100", batch_size=128, lr=0.03, weight_decay=7e-4, queue=4096, k=100,
         lambda_cld=0.25, jitter=CIFAR["jitter"], jitter_p=1.0, blur=0.0, erase=0.0),
     "stl10": dict(  # [D] dataloader.py; there is no script: NPID, rate and epochs of CIFAR-10 [K]
         NPID | CIFAR, dataset="stl10", image_size=96, mean=[0.5] * 3, std=[0.5] * 3),
-    "kitchen": dict(  # [D] CIFAR transforms at 32 px; [A] best with k near the 10 classes; rest [K]
+    "kitchen": dict(  # [D] CIFAR transforms at 32 px; [A] Fig. 3: best near k = 10; rest [K]
         NPID | CIFAR, dataset="folder", image_size=32, k=10),
     "imagenet100": dict(IMAGENET, queue=16384),  # [K] no published hyper-parameters
-    "imagenet": IMAGENET,
-    "imagenet-infomin": dict(  # [S] train_imagenet_infomin_cld.sh and its options
+    "imagenet": IMAGENET,  # [A] linear 70.0, with an MLP head 69.2, MoCo v2 alone 67.5
+    "imagenet-infomin": dict(  # [S] train_imagenet_infomin_cld.sh and its options; [A] linear 70.1
         IMAGENET, base="infomin", epochs=100, schedule="infomin", warmup=5, tau=0.15, knn_t=0.15,
         tau_cld=0.8, beta=0.5, jitter=[0.8, 0.8, 0.8, 0.2], randaugment=[2, 10]),  # "D"
 }
@@ -105,9 +109,8 @@ RECIPES = {
 # ---------------------------------------------------------------------------------- loss
 
 
-# Each function takes unit-norm features and upcasts float16 and bfloat16 to float32. The rows of
-# L_I do not meet: every process takes its own, and DDP's mean does the rest. L_CLD groups the rows
-# of the whole batch.
+# Each function takes unit-norm features and converts float16 and bfloat16 to float32. The rows of
+# L_I are independent: every process takes its own, DDP averages. L_CLD groups the whole batch.
 
 
 def upcast(x):
@@ -116,11 +119,11 @@ def upcast(x):
 
 
 def npid(f, V, index, tau, block=2 ** 26):
-    """Instance loss of NPID, full softmax over the bank (E2), the mean over the rows.
+    """Instance loss of NPID with a full softmax over the bank (E2), the mean over the rows.
 
     Args: f (b, D) with gradient; V (n, D) bank, without; index (b,) int64, the image of each row;
-    tau: T; block: logits at a time. A larger bank is taken by blocks whose logits are computed
-    again in the backward pass: ImageNet's would be 1.3 GB for 256 rows, several times.
+    tau: T; block: logits at a time. A larger bank is processed in blocks, whose logits the backward
+    pass computes again: those of ImageNet would take several times 1.3 GB for 256 rows.
     """
     f, rows = upcast(f), max(1, block // len(f))
     if len(V) <= rows:
@@ -141,7 +144,7 @@ def exp_similarity(f, V, idx, tau):
 def npid_nce(P, n, eps=1e-7):
     """Instance loss of NPID with noise-contrastive estimation (E3), the mean over the rows.
 
-    Args: P (b, 1 + m) = exp(f . v_j / T) / Z, column 0 the image itself; n images.
+    Args: P (b, 1 + m) = exp(f . v_j / T) / Z, column 0 is the image itself; n: number of images.
     """
     m = P.shape[1] - 1
     noise = m / n  # m P_n
@@ -151,7 +154,7 @@ def npid_nce(P, n, eps=1e-7):
 
 def moco(q, k, Q, tau):
     """Instance loss of MoCo (E1, E5): the key of the same image against the queue, the mean over
-    the rows. Args: q, k (b, D), Q (K, D); k and Q without gradient; tau: T."""
+    the rows. Args: q (b, D); k (b, D) and queue Q (K, D) without gradient; tau: T."""
     q, k, Q = upcast(q), upcast(k), upcast(Q)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ Q.T], 1) / tau  # (b, 1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
@@ -176,15 +179,15 @@ def cld(f, k, iters=5, tau=0.2, k_eigen=0, group_rows=0):
         f: (2, B, D) unit-norm group features f_G of both views, with gradient.
         k, iters, k_eigen: see `group`.
         tau: T_G > 0.
-        group_rows: groups are made in parts of so many rows, which divide B; 0: of all rows.
-    Returns: L_CLD, scalar; scalar without gradient, the share of the rows of view 1 whose nearest
-        centroid of view 2 is that of their group there (the authors' group accuracy).
+        group_rows: number of rows that are grouped together, a divisor of B; 0: all rows.
+    Returns: L_CLD, scalar; the group accuracy, scalar without gradient: the share of the rows of
+        view 1 whose nearest centroid of view 2 is that of their group in view 2.
     """
     losses, hits = [], []
     for views in upcast(f).unflatten(1, (-1, group_rows or f.shape[1])).unbind(1):  # (2, rows, D)
         groups = [group(x, k, iters, k_eigen) for x in views]
         for x, (ids, M) in zip(views, reversed(groups)):  # groups of the other view
-            logits = x @ M.T / tau  # (rows, k); an empty group has logit 0 and is never a target
+            logits = x @ M.T / tau  # (rows, k); an empty group has logit 0, is never a target
             losses.append(F.cross_entropy(logits, ids))  # E7
             hits.append((logits.argmax(1) == ids).double().mean())
     return torch.stack(losses).mean(), torch.stack(hits[::2]).mean()
@@ -196,9 +199,9 @@ def cld(f, k, iters=5, tau=0.2, k_eigen=0, group_rows=0):
 def group(x, k, iters, k_eigen=0):
     """Groups of the rows of x (N, D): ids (N,) int64 and centroids M (k, D) (E6).
 
-    The gradient flows through M, not through the ids, as in the authors' code: detached centroids
-    would make it about half. k may be larger than N: the other groups stay empty.
-    k_eigen: 0 groups by k-means; above 0 by normalised cuts (E10) with that many eigenvectors.
+    The gradient flows through M, as in the authors' code, not through the ids. (With detached
+    centroids it is about half as large.) If k is larger than N, at least k - N groups are empty.
+    k_eigen: 0 for k-means, or the number of eigenvectors for normalised cuts (E10).
     """
     points = cut_vectors(x, k_eigen) if k_eigen else x
     ids = kmeans(points, k, iters)
@@ -207,21 +210,21 @@ def group(x, k, iters, k_eigen=0):
 
 @torch.no_grad()
 def kmeans(x, k, iters):
-    """Ids (N,) of k-means in a batch x (N, D): no restart, no test of convergence (E6).
+    """Ids (N,) of k-means in a batch x (N, D) in `iters` rounds, without restarts (E6).
 
-    It starts from the first k rows, which are random since the batch is; both views start from the
-    same images. Ties go to the lower id.
+    The first centroids are the first k rows. The batch is in random order, so they are random, and
+    the same images in both views. Ties go to the lower id.
     """
     ids = None
     for _ in range(iters):
         c = x[:k] if ids is None else centroids(x, ids, k)
-        # by differences: with x.x - 2 x.c + c.c rounding would decide between equal centroids
+        # by differences: in x.x - 2 x.c + c.c, rounding would decide between equal centroids
         ids = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)  # (N,)
     return ids
 
 
 def centroids(x, ids, k):
-    """Means M (k, D) of the rows of x (N, D) by id, 0 for an empty group; never normalised (E6)."""
+    """Means M (k, D) of the rows of x (N, D) by id, not normalised; 0 for an empty group (E6)."""
     member = (ids[:, None] == torch.arange(k, device=x.device)).to(x.dtype)  # (N, k)
     return member.T @ x / member.sum(0).clamp(min=1)[:, None]
 
@@ -238,7 +241,7 @@ def cut_vectors(x, k_eigen, sigma=1.0):
 
     The first eigenvectors of L = D^-1/2 (D - W) D^-1/2, times D^-1/2, over the scalar Y[0, 0].
     """
-    # features that are not finite make the loss so, which stops the run: here they may not crash
+    # if features are not finite, check_loss stops the run with a message; eigh must not fail first
     W = affinity(x.nan_to_num(), sigma)
     d = W.sum(1).clamp(min=1e-12)  # a zero row is connected to nothing
     root = d.rsqrt()
@@ -271,9 +274,9 @@ class Jigsaw(nn.Module):
 
 
 class CLD(nn.Module):
-    """Backbone and sibling heads for instances and groups, which share all but the last layer.
+    """Backbone with a head for instances and one for groups, which share all but the last layer.
 
-    The key network of MoCo, InfoMin and BYOL is a copy.
+    The key network of MoCo, InfoMin and BYOL is a copy of it.
     """
 
     def __init__(self, args):
@@ -301,11 +304,11 @@ class CLD(nn.Module):
                              nn.Linear(hidden, d_out))
 
     def forward(self, x, x2=None, patches=None, order=None):
-        """Each view, x and x2 (b, 3, S, S), goes alone: BatchNorm sees one view at a time.
+        """One pass for each view, x and x2 (b, 3, S, S), so BatchNorm sees one view at a time.
 
-        Returns: unit vectors f_I (V, b, D); with CLD f_G (V, b, D); of BYOL the prediction p
+        Returns: unit vectors f_I (V, b, D); with CLD f_G (V, b, D); with BYOL the prediction p
         (V, b, D); with patches (b, 9, 3, s, s) and their order (b, 9) the jigsaw query q_jig
-        (b, D). None where there is none.
+        (b, D). An output that the method does not have is None.
         """
         h = [self.backbone(view) for view in (x, x2) if view is not None]  # (b, d) each
         shared = [self.hidden(y) for y in h]
@@ -327,7 +330,7 @@ def uniform_rows(n, D, random):
 
 
 class Bank(nn.Module):
-    """NPID's memory: V (n, D), one row for every training image, and Z of E3 (-1: not set)."""
+    """NPID's memory bank: V (n, D), a row for every training image, and Z of E3 (-1: not set)."""
 
     def __init__(self, V):
         super().__init__()
@@ -336,12 +339,12 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def set_Z(self, exps):
-        """n times the mean of exp(f . v / T) over the whole batch, once and for all (E3)."""
+        """Set Z, once, to n times the mean of exp(f . v / T) over the whole batch (E3)."""
         self.Z.copy_(len(self.V) * common.all_reduce_sum(exps.mean()) / common.world())
 
     @torch.no_grad()
     def update(self, f, index, momentum):
-        """E4 with both views of the batch, view 2 first, view 1 on top of it.
+        """Apply E4 with view 2 of the batch, then with view 1.
 
         Args: f (2, B, D) unit-norm; index (B,) int64, rows of V, each at most once.
         """
@@ -351,8 +354,9 @@ class Bank(nn.Module):
 
 
 def cut_patches(x, at, side):
-    """Nine patches of an image: x (b, 3, 3 c, 3 c), at (b, 9, 2) their top and left in the cell.
+    """Cut nine patches from every image x (b, 3, 3 c, 3 c), one from each cell of c x c pixels.
 
+    Args: at (b, 9, 2): top and left of each patch in its cell.
     Returns: (b, 9, 3, side, side), the cells of an image row by row.
     """
     cell, i = x.shape[-1] // 3, torch.arange(9, device=x.device)
@@ -364,12 +368,13 @@ def cut_patches(x, at, side):
 
 
 def jigsaw_sizes(size):
-    """Cell and patch of InfoMin's 3 x 3 jigsaw in pixels: 85 and 64 for images of 224, else [K]."""
+    """Sides of the cells and patches of InfoMin's 3 x 3 jigsaw: 85 and 64 pixels for images of 224
+    pixels, other sizes in proportion [K]."""
     return round(85 * size / 224), round(64 * size / 224)
 
 
 def jigsaw_augmentation(args):
-    """Augmentation of the image that is cut into patches: crop and flip only."""
+    """Augmentation of the images that are cut into patches: only crop and flip."""
     return common.augmentation(args, size=3 * jigsaw_sizes(args.image_size)[0], crop=(0.6, 1.0),
                                jitter_p=0.0, gray=0.0, blur=0.0, solarize=0.0, erase=0.0,
                                randaugment=None)
@@ -461,12 +466,12 @@ def train(args):
 
 
 def report_groups(args):
-    """Warn if k is larger than the number of rows that are grouped together."""
+    """Warn if there are more groups than rows to group."""
     N = args.group_rows or args.batch_size
     if args.lambda_cld > 0 and args.k > N:
         common.print_rank0(f"warning: --k {args.k} for {N} rows that are grouped together: nearly "
-                           f"every image is a group of its own, at least {args.k - N} are empty "
-                           "(logit 0)")
+                           "every image is a group of its own, and at least "
+                           f"{args.k - N} groups are empty")
 
 
 def key_pass(key_network, x, args, step):
@@ -481,8 +486,8 @@ def key_pass(key_network, x, args, step):
 
 
 def npid_loss(f, bank, batch, args):
-    """L_I of NPID (E2, E3), the mean over both views f (2, b, D). The bank is only read, but for Z,
-    which the first batch sets."""
+    """L_I of NPID (E2, E3), the mean over both views f (2, b, D). The first batch sets Z of the
+    bank."""
     if not args.nce:
         return sum(npid(v, bank.V, batch.rows[batch.own], args.tau) for v in f) / 2  # E2
     exps = [exp_similarity(v, bank.V, sample_negatives(batch, i, len(bank.V), args), args.tau)
@@ -515,7 +520,7 @@ def sample_negatives(batch, view, n, args):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """Rate of a step from --schedule: a pure function of the step."""
+    """Learning rate of a step by --schedule: a pure function of the step."""
     warmup, epoch = args.warmup * steps_per_epoch, step // steps_per_epoch
     if args.schedule == "cosine-epoch":
         return common.cosine_by_epoch(epoch, args.epochs, args.lr)
@@ -531,13 +536,13 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 def check(args):
-    """BadInput for flags that do not go together, before anything is read."""
+    """Raise BadInput for flags that do not fit together, before any data are read."""
     common.check_ranges(args, above=["tau", "tau_cld", "dim", "iters", "k_eigen", "queue"],
                         least=["lambda_cld", "nce", "warmup", "group_rows"],
                         share=["bank_momentum", "key_momentum", "beta"])
     if args.lambda_cld > 0 and args.k < 2:
-        raise common.BadInput(f"--k {args.k} makes one group only, its loss is 0; at least 2, or "
-                              "--lambda-cld 0")
+        raise common.BadInput(f"--k {args.k} makes one group only, so L_CLD is 0; use at least 2, "
+                              "or --lambda-cld 0")
     moco = args.base in ("moco", "mocov2", "infomin")
     for used, names, why in (
             (args.base == "npid", ["nce", "bank_momentum"], "without --base npid"),
@@ -556,8 +561,8 @@ def check(args):
                               f"{args.batch_size}; 0 groups the whole batch")
     N = args.group_rows or args.batch_size
     if args.lambda_cld > 0 and args.grouping == "ncuts" and args.k_eigen > N:
-        raise common.BadInput(f"--k-eigen {args.k_eigen}: {N} rows are grouped together, which "
-                              "have as many eigenvectors")
+        raise common.BadInput(f"--k-eigen {args.k_eigen}: {N} rows are grouped together, so "
+                              f"there are only {N} eigenvectors")
 
 
 def main(argv=None):
@@ -565,18 +570,18 @@ def main(argv=None):
     parser = common.Parser("cld", __doc__, RECIPES)
     add = parser.add_argument_group("CLD").add_argument
     add("--base", default="npid", choices=["npid", "moco", "mocov2", "infomin", "byol"],
-        help="instance discrimination that CLD is added to (mocov2: MoCo with a unit-norm queue)")
-    add("--lambda-cld", type=float, default=1.0, help="lambda of E8; 0: the base method alone")
-    add("--k", type=int, default=128, help="groups of a view (E6)")
+        help="method that CLD is added to (mocov2: MoCo with a unit-norm queue)")
+    add("--lambda-cld", type=float, default=1.0, help="lambda of E8; 0: only the base method")
+    add("--k", type=int, default=128, help="number of groups of a view (E6)")
     add("--iters", type=int, default=5, help="rounds of k-means in the batch")
     add("--tau-cld", type=float, default=0.2, help="T_G of E7")
     add("--grouping", default="kmeans", choices=["kmeans", "ncuts"], help="E6, or E10")
     add("--k-eigen", type=int, default=10, help="eigenvectors that --grouping ncuts uses; "
         "there is no published value")
-    add("--group-rows", type=int, default=0, help="group parts of N rows of the batch (the "
-        "authors: those of a process), 0: the whole batch")
+    add("--group-rows", type=int, default=0, help="group N rows of the batch at a time "
+        "(the authors: those of a process); 0: the whole batch")
     add("--head", default="linear", choices=["linear", "normlinear", "mlp", "normmlp"],
-        help="both heads; with mlp they share the hidden layer")
+        help="type of both heads; with mlp they share the hidden layer")
     add("--dim", type=int, default=128, help="D, width of f")
     add("--tau", type=float, default=0.1, help="T of E2, E3, E5 (and --knn-t of the recipes)")
     add("--bank-momentum", type=float, default=0.5, help="a of E4")
@@ -585,12 +590,13 @@ def main(argv=None):
     add("--key-momentum", type=float, default=0.999, help="alpha of the key network")
     add("--beta", type=float, default=0.5, help="InfoMin's weight of the jigsaw query")
     add("--knn-feature", default="instance", choices=["instance", "backbone"],
-        help="feature of the weighted kNN: f_I, or the pooled output of the backbone")
+        help="feature for the kNN: f_I, or the pooled output of the backbone")
     add("--schedule", default="cosine", choices=["cosine", "steps", "cosine-epoch", "infomin"],
-        help="cosine, steps: by iteration, after --warmup epochs; cosine-epoch, infomin: by epoch")
+        help="rate; cosine, steps: by iteration after --warmup epochs; cosine-epoch, infomin: by "
+        "epoch")
     add("--warmup", type=int, default=5, help="epochs of linear warm-up (none in cosine-epoch)")
     add("--milestones", type=int, nargs="+", default=[120, 160, 200],
-        help="epochs from which on --schedule steps has a tenth of the rate")
+        help="epochs at which --schedule steps divides the rate by 10")
     common.run(train, parser, argv)
 
 

@@ -1,21 +1,23 @@
 """Cl-InfoNCE (Tsai, Li, Liu, Liao, Salakhutdinov, Morency: Learning Weakly-Supervised Contrastive
 Representations, ICLR 2022, arXiv 2202.06670; earlier version arXiv 2106.02869).
 
-Auxiliary information (attributes, a class hierarchy), or K-means on the features, gives every
-image a cluster id Z. Views of images of one cluster are positives of each other. The labels E1 to
-E8 are those of this project: the paper's own equation numbers could not be checked. (The
-second label is for weights of the pairs, which the authors' code has but no training uses: they
-are only in tests/test_golden.py.)
+Auxiliary information (attributes, a class hierarchy) or K-means on the features gives every image a
+cluster id Z. Views of images in the same cluster are positives of each other (Fig. 1 [3]). The
+equations are those of the authors' code. The paper's equation numbers could not be found, so the
+labels E1 to E8 are this project's. (The second label is for the pair weights in the authors' code.
+No training uses them, so they are only in tests/test_golden.py.) How sure a reference is: [A] from
+the authors' code or README, [3] from a third party. Z is the paper's symbol, the others are ours.
 
     u_a . u_c / T = s_ac,  A(a) = all views but a,  P(a) = views in A(a) of a's cluster
     l_a = -(T/T0) 1/|P(a)| sum_{c in P(a)} [ s_ac - log sum_{c' in A(a)} exp s_ac' ]         E1
-    L   = mean_a l_a                              (the Cl-InfoNCE objective of Sec. 3)       E1
+    L   = mean_a l_a                                                                         E1
     Z = image id: InfoNCE (SimCLR's NT-Xent times T/T0).  Z = class: SupCon.                 E3
     T/T0 scales loss and gradient: 1.43 at T = 0.1, T0 = 0.07; T0 = T is plain NT-Xent       E4
-    dual head: L = E1 on head 1 with Z = image id, T0 = T (E5), plus on head 2, G detached,
+    dual head (for the ImageNet-100* rows of Supplementary A.1, Table 3 [A]):
+    L = E1 on head 1 with Z = image id, T0 = T (E5), plus L_cl on head 2, G detached,
     h(q, G) = -1/B sum_i 1/|M_i| sum_{j in M_i} log softmax_j(q_i . G_j / T)                 E6
     L_cl = ( h(q1, G2) + h(q2, G1) ) / 2,  M_i = images j with z_j = z_i
-    attributes: by entropy H_j = -sum_v p_v log2 p_v, Z = the tuple of the k highest;
+    attributes: entropy H_j = -sum_v p_v log2 p_v, Z = the tuple of the k of highest H_j;
     quality: H(Z|T) = H(Z,T) - H(T), I(Z;T) = H(Z) - H(Z|T), T the class, bits               E7
     K-means: min over c_1..c_k of sum_i min_m |x_i - c_m|^2, x_i the unit embedding, Z_i = m E8
 
@@ -32,8 +34,8 @@ Shapes:       N images, B global batch, b rows of this process, V views, D embed
     torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100-kmeans --data-dir DIR
     torchrun --nproc_per_node=4 clinfonce.py --recipe imagenet100-dual --data-dir DIR
 Measured: demo 1.5 minutes on 2 cores, 1 GB a process, kNN 13.5 -> 72 % (synthetic; 59 to 81 % on
-other processors); c100-small 160 CPU seconds, 1.2 GB, results in the README. The GPU recipes were
-not run yet at full length.
+other processors); c100-small 160 CPU seconds, 1.2 GB. The results are in results/README.md. The GPU
+recipes have not been run at full length yet.
 """
 import argparse
 import os
@@ -47,7 +49,7 @@ import common
 # ---------------------------------------------------------------------------------- recipes
 
 # [R] the authors' main repository, [D] their dual-head repository, [M] an earlier one of theirs,
-# [K] chosen for this project, not tuned and not from the paper
+# [K] chosen for this project, not tuned and not from the paper, whose accuracies are not known here
 PAPER = dict(  # [R] run_clinfonce.sh, util.py; Cl-InfoNCE's own augmentation has no blur
     momentum=0.95, nesterov=True, weight_decay=1e-4, schedule="warmup33", base_tau=0.07,
     crop=[0.4, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2)
@@ -57,7 +59,7 @@ SMALL = dict(  # [K] plain NT-Xent scale (T0 = T), one warm-up epoch, cosine to 
 CIFAR = dict(  # [K] an extension: the paper has no CIFAR
     SMALL, arch="resnet18", stem="cifar", epochs=200, batch_size=512, lr=1.0, warmup=10,
     clusters="kmeans", k=1000, kmeans_warmup=20, knn_every=10, amp="auto")
-ATTRIBUTES = dict(  # [K] there is no released script for CUB, UT-Zappos, Wider
+ATTRIBUTES = dict(  # [K] no released script; below, bits of level 10 in the authors' CSV files
     PAPER, dataset="csv", arch="resnet50", clusters="10", tau=0.1, epochs=1000, batch_size=128,
     lr=0.1)
 RECIPES = {
@@ -75,11 +77,13 @@ RECIPES = {
     "fashion": dict(  # [K] product photographs with eight attributes, see README
         SMALL, dataset="npz", train_file="fashion_attributes_96.npz", image_size=64, epochs=10,
         label="articleType", clusters="attributes:2"),
-    "utzappos": dict(ATTRIBUTES, stem="cifar", image_size=32,  # [M] 32 px
+    "utzappos": dict(ATTRIBUTES, stem="cifar",  # I(Z;T) = 1.604, H(Z|T) = 6.210, H(T) = 3.309 [A]
+                     image_size=32,  # [M]
                      mean=[0.8342, 0.8142, 0.8081], std=[0.2804, 0.3014, 0.3072]),  # [R]
-    "cub": dict(ATTRIBUTES, image_size=224,
+    "cub": dict(ATTRIBUTES, image_size=224,  # I(Z;T) = 4.358, H(Z|T) = 4.314, H(T) = 7.644 [A]
                 mean=[0.4863, 0.4999, 0.4312], std=[0.2070, 0.2018, 0.2428]),  # [R]
-    "wider": dict(ATTRIBUTES, image_size=224, batch_size=40,  # [M] batch
+    "wider": dict(ATTRIBUTES, image_size=224,  # I(Z;T) = 1.893, H(Z|T) = 5.606, H(T) = 4.751 [A]
+                  batch_size=40,  # [M] batch
                   mean=[0.4772, 0.4405, 0.4100], std=[0.2960, 0.2876, 0.2935]),  # [R]
     "imagenet100": dict(  # [R] run_clinfonce.sh
         PAPER, dataset="folder", arch="resnet50", image_size=224, clusters="level_12",
@@ -94,7 +98,7 @@ RECIPES = {
         tau=0.1, epochs=200, optimizer="lars", lr=0.8485,  # 0.075 sqrt(128)
         weight_decay=1e-6, schedule="cosine", warmup=5, kmeans_warmup=5, batch_size=128,
         sync_bn=True, crop=[0.08, 1.0], jitter=[0.8, 0.8, 0.8, 0.2], blur=0.5, knn_every=50,
-        save_every=5),
+        save_every=5),  # the ImageNet-100* rows of Supplementary A.1, Table 3 [A]; values not known
 }
 WEAK = dict(crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))  # [D] dual head, warm-up epochs
 
@@ -109,7 +113,7 @@ def cl_infonce(z, ids=None, tau=0.1, base_tau=0.07):
         ids: (B,) int64, the cluster Z of each image, any values. None: every image is its own
             cluster (E3), with base_tau = tau the instance head of the dual form (E5).
         tau, base_tau: T > 0, and T0 of the factor T/T0 (E4).
-    Returns: scalar, the mean over the anchors that have a positive; with two views all have one.
+    Returns: scalar, the mean over the anchors that have a positive. With two views, all have one.
     """
     V, B = z.shape[:2]
     u = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, 1)  # (VB, D), view after view
@@ -118,7 +122,7 @@ def cl_infonce(z, ids=None, tau=0.1, base_tau=0.07):
     s = (u @ u.T / tau).fill_diagonal_(float("-inf"))  # s_ac over A(a): all but a
     log_p = s.log_softmax(1).masked_fill(~P, 0)
     l = -(tau / base_tau) * log_p.sum(1) / P.sum(1).clamp(min=1)  # (VB,) E1, T/T0: E4
-    # differs from the released code: there an anchor without positive makes everything NaN
+    # differs from the released code: there, one anchor without a positive makes the loss NaN
     return l.sum() / P.any(1).sum().clamp(min=1)
 
 
@@ -126,11 +130,11 @@ def cluster_head_loss(q, ids, tau=0.1):
     """Cluster head of the dual form (E6): each view against the other view of the batch.
 
     Args: q (2, B, D) unit-norm, float16 and bfloat16 become float32; ids (B,) int64; tau: T.
-    Returns: scalar. The gradient flows to the anchors only; the pair of an image with its own
-    other view is a positive; there is no factor T/T0.
+    Returns: scalar. Only the anchors get a gradient. The two views of an image are a positive
+    pair. There is no factor T/T0.
     """
     q = q.to(torch.promote_types(q.dtype, torch.float32))
-    G = q.detach()  # differs from E5: no key has a gradient
+    G = q.detach()  # unlike E5: the keys get no gradient
     M = (ids[:, None] == ids).to(q.dtype)  # (B, B)
     M = M / M.sum(1, keepdim=True)  # 1/|M_i| on M_i
 
@@ -144,14 +148,14 @@ def cluster_head_loss(q, ids, tau=0.1):
 
 
 def entropy_bits(ids):
-    """H of a column of ids (N,) in bits, from its frequencies."""
+    """Entropy H of a column of ids (N,) in bits, from the frequencies of the ids."""
     p = torch.unique(ids, return_counts=True)[1].double() / len(ids)
     return -(p * p.log2()).sum().item()
 
 
 def information(z, t):
-    """How clusters z (N,) and labels t (N,) inform each other (E7), bits: a dict of five floats.
-    Images without label (t < 0) are left out."""
+    """Entropies and mutual information of clusters z (N,) and labels t (N,) in bits (E7): a dict of
+    five floats. Images without a label (t < 0) are left out."""
     z, t = z[t >= 0], t[t >= 0]
     H_Z, H_T = entropy_bits(z), entropy_bits(t)
     H_ZT = entropy_bits(torch.unique(torch.stack([z, t]), dim=1, return_inverse=True)[1])
@@ -160,17 +164,18 @@ def information(z, t):
 
 
 def rank_attributes(attributes):
-    """Columns of attributes (N, A) int64 by falling entropy (E7); ties: the lower column first.
+    """Columns of attributes (N, A) int64 by decreasing entropy (E7); ties: lower column first.
 
-    Returns: order (A,) int64, entropies (A,) float64 of the columns in their own order, bits.
+    Returns: order (A,) int64; the entropy of every column, (A,) float64 in bits, not sorted.
     """
-    # 12 decimals: columns of equal entropy must tie, whatever the order of summation
+    # rounded, so that columns of equal entropy tie whatever the order of summation
     bits = torch.tensor([entropy_bits(a) for a in attributes.T], dtype=torch.float64)
     return bits.round(decimals=12).sort(descending=True, stable=True).indices, bits
 
 
 def attribute_clusters(attributes, k):
-    """Ids (N,) of the tuples of the k attributes of highest entropy, in lexicographic order (E7).
+    """Ids (N,), one for each tuple of the k attributes of highest entropy, in lexicographic order
+    (E7).
 
     Raises: ValueError unless 1 <= k <= A.
     """
@@ -183,8 +188,8 @@ def attribute_clusters(attributes, k):
 def hierarchy_groups(tree, level):
     """Group of every leaf of a WordNet tree (dict of LabelName, Level, Subcategory) at a level.
 
-    Walk down while Level < level; the node reached is the group of all leaves below it, a leaf
-    met earlier its own. Larger levels are finer. Returns: dict leaf -> group.
+    Goes down while Level < level. The node where it stops is the group of all leaves below it.
+    Larger levels are finer. Returns: dict leaf -> group.
     """
     def leaves(node):
         below = node.get("Subcategory") or []
@@ -197,7 +202,7 @@ def hierarchy_groups(tree, level):
 
 
 def kmeans(x, k, seed=0):
-    """K-means by faiss with the authors' settings (E8): deterministic for equal x.
+    """K-means by faiss with the authors' settings (E8). The same x gives the same ids.
 
     Args: x (N, D) float32 on the CPU.
     Returns: ids (N,) int64, centroids (k, D) float32, not normalised.
@@ -213,14 +218,14 @@ def kmeans(x, k, seed=0):
     clustering.train(x, index)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(k, -1)
     ids = index.search(x, 1)[1][:, 0]
-    torch.set_num_threads(threads)  # faiss and torch may share one OpenMP: resuming needs the same
+    torch.set_num_threads(threads)  # faiss may have changed torch's, and exact resuming needs it
     return torch.from_numpy(ids), torch.from_numpy(centroids.copy())
 
 
 def kmeans_torch(x, k, seed=0):
-    """The same K-means on the device of x (E8). Args and Returns as of `kmeans`.
+    """K-means on the device of x (E8). Args and Returns are those of `kmeans`.
 
-    On CUDA it is not the same to the last bit from run to run.
+    On CUDA the last bits differ from run to run.
     """
     def nearest(points, c):  # |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2), by blocks of 2^25 numbers
         best = [(p @ c.T - (c * c).sum(1) / 2).max(1) for p in points.split(max(1, 2 ** 25 // k))]
@@ -242,24 +247,24 @@ def kmeans_torch(x, k, seed=0):
                 big = int(counts.argmax())  # split the largest cluster, as faiss does
                 c[empty], c[big] = c[big] * (1 + nudge), c[big] * (1 - nudge)
                 counts[empty] = counts[big] = counts[big] / 2
-        fit = nearest(points, c)[0].double().sum().item()  # highest = smallest distances
+        fit = nearest(points, c)[0].double().sum().item()  # the higher, the closer
         if fit > best_fit:
             best_fit, best_c = fit, c
     return nearest(x, best_c)[1], best_c
 
 
 def cluster_epochs(epoch, warmup, period):
-    """True if an epoch begins with a K-means: epochs from 1, in the dual form from 0.
+    """True if an epoch starts with K-means. Epochs count from 1, in the dual form from 0.
 
-    With a period p > 1 the first is epoch p - 1, as in the authors' code.
+    With a period p > 1 the first such epoch is p - 1, as in the authors' code.
     """
     return epoch >= warmup and (epoch + 1) % period == 0
 
 
 def auxiliary_ids(table, args):
-    """Cluster id of every training row from --clusters, and what it says about the labels.
+    """Cluster id of every training row from --clusters, and how much it tells about the labels.
 
-    Returns: ids (N,) int64; dict of H(Z), H(Z|T), I(Z;T) in bits with T = --label, and K.
+    Returns: ids (N,) int64; dict of H(Z), H(Z|T), I(Z;T) in bits, with T = --label, and of K.
     """
     name, label = args.clusters, table.column(args.label)
     if name.isdigit() and name != "0":
@@ -269,7 +274,7 @@ def auxiliary_ids(table, args):
             raise common.BadInput(f"--clusters {name} needs --hierarchy FILE")
         name = f"label_gran_{name}"
     quality = {}
-    if name in ("instance", "kmeans", "-1"):  # "-1" makes one cluster of all in the released code
+    if name in ("instance", "kmeans", "-1"):  # differs from the released code: "-1" is one cluster
         ids = torch.arange(len(table))
     elif name in ("label", "0"):
         ids = label
@@ -278,7 +283,7 @@ def auxiliary_ids(table, args):
             c for c, v in table.columns.items() if c not in (args.label, "class")
             and not c.startswith("label_gran") and v.unique().numel() < len(v)]
         if not names:
-            raise common.BadInput(f"--clusters {name}: the data set has no column of attributes")
+            raise common.BadInput(f"--clusters {name}: the data set has no attributes")
         matrix = torch.stack([table.column(c) for c in names], 1)  # (N, A)
         order, bits = rank_attributes(matrix)
         quality["attributes"] = {names[j]: round(bits[j].item(), 4) for j in order.tolist()}
@@ -301,20 +306,20 @@ def auxiliary_ids(table, args):
     if args.loss == "ce" or name not in ("instance", "kmeans", "-1"):
         if (ids < 0).any():
             raise common.BadInput(f"--clusters {args.clusters}: row {int(table.index[ids < 0][0])} "
-                                  f"has id {int(ids[ids < 0][0])}; ids count from 0, -1 is none")
+                                  f"has id {int(ids[ids < 0][0])}; ids start at 0, -1 is no id")
         if ids.unique().numel() < 2:
-            raise common.BadInput(f"--clusters {args.clusters}: one cluster only, no negatives")
+            raise common.BadInput(f"--clusters {args.clusters}: one cluster has no negatives")
     if name == "kmeans" and args.k > len(ids):
         raise common.BadInput(f"--k {args.k} needs at least {args.k} images, found {len(ids)}")
     if name == "kmeans" and len(ids) < 10 * args.k:
-        common.print_rank0(f"warning: --k {args.k} for {len(ids)} images is fewer than 10 images a "
+        common.print_rank0(f"warning: --k {args.k} for {len(ids)} images: fewer than 10 images per "
                            "cluster")
     quality.update(K=ids.unique().numel(), **information(ids, label))
     return ids.unique(return_inverse=True)[1] if args.loss == "ce" else ids, quality
 
 
 def _hierarchy_ids(table, args, name):
-    """Ids (N,) int64: the group of each row's class, -1 for rows without label."""
+    """Ids (N,) int64: the group of each row's class, -1 for rows without a label."""
     import json
 
     try:
@@ -329,7 +334,7 @@ def _hierarchy_ids(table, args, name):
         raise common.BadInput(f"--clusters {name}: column {args.label} has no class names")
     if missing := [c for c in names if c not in groups]:
         raise common.BadInput(f"--hierarchy {args.hierarchy} does not have class {missing[0]}")
-    values = sorted(set(groups.values()))  # sorted: the released ids came from a Python set
+    values = sorted(set(groups.values()))  # sorted: the authors' order, a set's, is arbitrary
     group, label = torch.tensor([values.index(groups[c]) for c in names]), table.column(args.label)
     return group[label.clamp(min=0)].where(label >= 0, torch.tensor(-1))
 
@@ -338,7 +343,7 @@ def _hierarchy_ids(table, args, name):
 
 
 class ClInfoNCE(nn.Module):
-    """Encoder and head(s): views, (b, 3, S, S) each, to unit vectors (V, b, D), or class logits."""
+    """Encoder and heads. Maps V views (b, 3, S, S) to unit vectors (V, b, D) or class logits."""
 
     def __init__(self, args, classes):
         super().__init__()
@@ -352,23 +357,23 @@ class ClInfoNCE(nn.Module):
         self.normalize = args.loss != "ce"
 
     def forward(self, *views, second=False):
-        """Returns: z of the head; q of the cluster head of the dual form with `second`, or None."""
-        h = self.backbone(torch.cat(views))  # BatchNorm sees all views at once
+        """Returns: z of the head; with `second`, q of the dual form's cluster head, else None."""
+        h = self.backbone(torch.cat(views))  # one pass: BatchNorm sees all views
         z, q = (None if head is None else head(h).float().unflatten(0, (len(views), -1))
                 for head in (self.head, self.head2 if second else None))
         return [F.normalize(y, dim=2) if y is not None and self.normalize else y for y in (z, q)]
 
 
 class Clusters(nn.Module):
-    """Cluster id of every training image, (N,) int64. In the checkpoint."""
+    """Cluster id of every training image, (N,) int64. A module, so that checkpoints have it."""
 
     def __init__(self, ids):
         super().__init__()
         self.register_buffer("ids", ids.clone())
 
     def update(self, model, data, args, epoch):
-        """K-means of the embeddings (E8) by rank 0; all processes get its ids."""
-        # head 1's outputs, not the encoder's, also in the dual form whose ids train head 2
+        """Run K-means on the embeddings (E8) on rank 0 and give the ids to all processes."""
+        # the outputs of head 1, not of the encoder; also in the dual form, where ids train head 2
         x = common.extract_features(model, data, data.train, resize=args.dual,
                                     select=lambda out: out[0][0])
         if not x.isfinite().all():
@@ -446,15 +451,15 @@ def train(args):
 
 
 def report_clusters(log, args, quality):
-    """Write what the clusters say about the labels to the log and the screen."""
+    """Log and print how much the clusters tell about the labels."""
     log.write(step=0, clusters=args.clusters, **quality)
-    name = args.clusters + " (until the first K-means: every image)" * (args.clusters == "kmeans")
+    name = args.clusters + " (one per image until K-means runs)" * (args.clusters == "kmeans")
     common.print_rank0("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, "
                        "I(Z;T) = {I_Z_T:.4f} bits, T = {}".format(name, args.label, **quality))
 
 
 def warmup_rule(epoch, epochs, lr, min_lr=1e-5):
-    """`warmup` of the main repository's util.py, epoch from 1: linear for a third, then cosine."""
+    """Rate of epoch (from 1) as in the authors' util.py: linear for a third, then cosine."""
     w = max(1, int(0.33 * epochs))  # differs from the released code: no division by 0 below 4
     if epoch <= w:
         return min_lr + (lr - min_lr) * epoch / w
@@ -467,7 +472,7 @@ def exp_by_epoch(epoch, lr, rate=0.95, floor=1e-5):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """Rate of a step from --schedule: a pure function of the step."""
+    """Learning rate of a step by --schedule: a pure function of the step."""
     epoch = step // steps_per_epoch + 1
     if args.schedule == "warmup33":
         return warmup_rule(epoch, args.epochs, args.lr)
@@ -483,9 +488,9 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 def check(args):
-    """BadInput for flags that do not go together, before anything is read.
+    """Raise BadInput for flags that do not fit together, before any data are read.
 
-    Returns: the epochs (from 1) that begin with a K-means.
+    Returns: the epochs (from 1) that start with K-means.
     """
     common.check_ranges(args, above=["tau", "base_tau", "dim", "k", "kmeans_every"],
                         least=["warmup", "kmeans_warmup"])
@@ -494,7 +499,7 @@ def check(args):
                                       args.kmeans_every)]
     if args.clusters == "kmeans":
         if args.k < 2:
-            raise common.BadInput("--k 1 makes one cluster only, no negatives")
+            raise common.BadInput("--k 1 is only one cluster, so there are no negatives")
         if not clusterings:
             raise common.BadInput(
                 f"K-means never runs in --epochs {args.epochs} with --kmeans-warmup "
@@ -507,7 +512,7 @@ def check(args):
     elif args.warmup > args.epochs:
         raise common.BadInput(f"--warmup {args.warmup}: there are {args.epochs} epochs")
     if args.batch_size < 2 and args.loss != "ce":
-        raise common.BadInput("--batch-size 1: an image needs another as negative")
+        raise common.BadInput("--batch-size 1 has no negatives; at least 2")
     if args.hierarchy and not args.clusters.startswith("level_"):
         raise common.BadInput("--hierarchy goes with --clusters level_L")
     if args.attributes and not args.clusters.startswith("attributes:"):
@@ -528,7 +533,7 @@ def main(argv=None):
     parser = common.Parser("clinfonce", __doc__, RECIPES)
     add = parser.add_argument_group("Cl-InfoNCE").add_argument
     add("--loss", default="cl-infonce", choices=["cl-infonce", "ce"],
-        help="ce: the baseline that predicts the cluster id with cross-entropy from one view")
+        help="ce: a baseline, predicts the cluster id from one view by cross-entropy")
     add("--clusters", default="instance", help="Z: instance (InfoNCE), label (SupCon), kmeans, "
         "a column or several (a+b), attributes:K, a CSV level (10, level_12), level_L with "
         "--hierarchy")
@@ -537,9 +542,9 @@ def main(argv=None):
     add("--hierarchy", help="JSON tree of class names (LabelName, Level, Subcategory) for level_L")
     add("--k", type=int, default=2500, help="k of K-means (E8)")
     add("--kmeans", default="auto", choices=["auto", "faiss", "torch"],
-        help="faiss on the CPU, or torch on the device, of rank 0 (auto: torch on CUDA)")
+        help="faiss on the CPU or torch on the device; auto: torch on CUDA")
     add("--kmeans-warmup", type=int, default=0, help="first epoch (from 1; with --dual from 0) "
-        "that K-means may begin; plain InfoNCE until then")
+        "that may start with K-means; InfoNCE until then")
     add("--kmeans-every", type=int, default=1, help="epochs between clusterings")
     add("--dual", action=argparse.BooleanOptionalAction, default=False,
         help="two heads: InfoNCE (E5) and clusters (E6)")

@@ -349,7 +349,7 @@ def test_labels_that_make_no_clusters(refused, pack):
     refused([*pack(labels=np.where(labels == 0, -1, 1)), "--clusters", "label"],
             "--clusters label", "row 0 has id -1")
     refused([*pack(labels=np.ones(12, int)), "--clusters", "label"],
-            "--clusters label", "one cluster only")
+            "--clusters label", "one cluster has no negatives")
 
 
 def test_test_set_without_labels_trains_without_knn(pack, tmp_path):
