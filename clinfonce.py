@@ -375,10 +375,8 @@ class Clusters(nn.Module):
         """Run K-means on the embeddings (E8) on rank 0 and give the ids to all processes."""
         # the outputs of head 1, not of the encoder; also in the dual form, where ids train head 2
         x = common.extract_features(model, data, data.train, resize=args.dual,
-                                    select=lambda out: out[0][0])
-        if not x.isfinite().all():
-            raise common.RunFailed(f"epoch {epoch}: features to cluster are not finite; try a "
-                                   "smaller --lr")
+                                    select=lambda out: out[0][0],
+                                    what=f"epoch {epoch}: features to cluster")
         self.ids.zero_()
         if common.rank() == 0:
             on_device = args.kmeans == "torch" or args.kmeans == "auto" and self.ids.is_cuda

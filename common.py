@@ -66,6 +66,7 @@ class RunFailed(Exception):
 
 _bars = []  # open progress bars
 _signal = dict(asked=False, agreed=False)  # SIGTERM: seen by this rank; known to all ranks
+_saved = [True]  # whether there is a checkpoint of this run
 
 
 def rank():
@@ -135,6 +136,7 @@ def setup(args):
         args.amp = "bf16" if cuda else "none"  # a CPU emulates bf16, slowly
     torch.manual_seed(args.seed)  # the initial weights; all later draws use generator()
     _signal.update(asked=False, agreed=False)
+    _saved[0] = bool(args.out) and (Path(args.out) / "checkpoint.pt").exists()
     with contextlib.suppress(ValueError):  # signals belong to the main thread
         signal.signal(signal.SIGTERM, lambda *_: _signal.update(asked=True))
     return device
@@ -287,8 +289,7 @@ def check_loss(loss, step, stats=None, features=None, conditions=None):
         if not good:
             raise RunFailed(f"step {step}: {text}")
     if not math.isfinite(means["loss"]):
-        raise RunFailed(f"the loss is {means['loss']} at step {step}; the last checkpoint is kept. "
-                        "A smaller --lr or --amp none may help")
+        raise RunFailed(f"the loss is {means['loss']} at step {step}; {_advice()}")
     return means
 
 
@@ -299,8 +300,12 @@ def check_features(step, **features):
         if bad.any():
             of_rank = bad.view(world(), -1).sum(1).tolist()
             raise RunFailed(f"the output of {name} is not finite at step {step}, in {sum(of_rank)} "
-                            f"of {len(bad)} rows (those of each rank: {of_rank}); the last "
-                            "checkpoint is kept. A smaller --lr or --amp none may help")
+                            f"of {len(bad)} rows (those of each rank: {of_rank}); {_advice()}")
+
+
+def _advice():
+    kept = "the last checkpoint is kept. A" if _saved[0] else "a"
+    return f"{kept} smaller --lr or --amp none may help"
 
 
 def should_stop():
@@ -726,10 +731,23 @@ SOURCES = {"shapes": _shapes, "shapes-views": _shapes, "cifar10": _cifar, "cifar
            "captions": _captions}
 
 
+def label_columns(args, name, tables, flag="--label"):
+    """Columns int64 (N,) of the training and the test table; BadInput that names the file whose
+    table has no such column, or not one row with a value."""
+    for split, table in zip(("train", "test"), tables):
+        where = vars(args).get(f"{split}_file") or f"the {split} images of {args.data_dir}"
+        if name not in table.columns and any(name in t.columns for t in tables):
+            raise BadInput(f"{flag} {name}: {where} has no such column; it has: "
+                           f"{', '.join(table.columns)}")
+        if flag != "--label" and table.column(name).max() < 0:
+            raise BadInput(f"{flag} {name}: no row of {where} has a value")
+    return [table.column(name) for table in tables]
+
+
 def load(args, device):
     """Read --dataset into a `Data`."""
     train, test = SOURCES[args.dataset](args)
-    labels = train.column(args.label)
+    labels = label_columns(args, args.label, (train, test))[0]
     if args.limit_train is not None:
         train = train.select(balanced_rows(labels, args.limit_train, args.seed))
     for table in (train, test):
@@ -1691,6 +1709,7 @@ def save_checkpoint(state, step, args):
         checkpoint = dict(format=1, method=args.method, step=step, args=flags_dict(args),
                           state={name: part.state_dict() for name, part in state.items()})
         atomic_write(Path(args.out) / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    _saved[0] = True
 
 
 @functools.cache
@@ -2065,13 +2084,14 @@ def image_rows(path, title, rows, left=8, side=96):
 
 @torch.no_grad()
 def extract_features(module, data, table, resize=False, select=None, normalize=False,
-                     limit=2 ** 30):
+                     limit=2 ** 30, what="features"):
     """Output of a network for every image of a table, in evaluation mode, computed by all ranks.
 
     Args: module, images (n, 3, S, S) to (n, D), or to what `select` takes (n, D) from; table of
-    `data`; resize, see `Data.eval_batches`; normalize: L2-normalise the rows.
+    `data`; resize, see `Data.eval_batches`; normalize: L2-normalise the rows; what: for messages.
     Returns: (N, D) on every rank, float32 on the device, or float16 on the CPU if it holds more
     than `limit` numbers (ImageNet in 2048-d has 2.6e9).
+    Errors: RunFailed if a feature, weight or statistic is not finite (ReLU makes 0 of -inf).
     """
     args, N, W = data.args, len(table), world()
     for buffer in module.buffers() if W > 1 else ():
@@ -2090,7 +2110,24 @@ def extract_features(module, data, table, resize=False, select=None, normalize=F
         parts.append(y.half().cpu() if large else y)
     module.train(was_training)
     features = gather(torch.cat(parts)).unflatten(0, (W, -1))  # row i is on rank i % W
-    return features.transpose(0, 1).flatten(0, 1)[:N]
+    features = features.transpose(0, 1).flatten(0, 1)[:N]
+    if file := vars(args).get("checkpoint") or vars(args).get("evaluate"):
+        what = f"checkpoint {file}: its {what}"
+    check_finite(what, features, module.state_dict(), table)
+    return features
+
+
+def check_finite(what, features, weights=(), table=None):
+    """RunFailed that says how many of the features (N, D), and which weight, are not finite."""
+    good = [part.isfinite().all(1) for part in features.split(2 ** 16)]
+    bad = (~torch.cat(good)).nonzero().flatten().tolist()
+    names = [name for name, x in dict(weights).items() if not x.isfinite().all()]
+    if bad or names:
+        text = f"{what} are not finite, for {len(bad)} of {len(features)} rows"
+        if bad and table:
+            name = table.paths[bad[0]] if table.paths else f"row {table.index[bad[0]]}"
+            text += f" (the first: {name})"
+        raise RunFailed(text + "".join(f"; nor is {name}" for name in names[:1]))
 
 
 @torch.no_grad()
@@ -2137,10 +2174,16 @@ def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
     return scores.scatter_add_(1, bank_labels.to(rows.device)[rows], weights)
 
 
+def _from_0(*labels):
+    """The label tensors with their values numbered from 0, in order, and the number of values."""
+    values, ids = torch.cat(labels).unique(return_inverse=True)
+    return ids.split([len(y) for y in labels]), len(values)
+
+
 def knn_top1(query, y_query, bank, y_bank, args):
     """Percent of the queries (Q, D) that the weighted kNN in bank (N, D), both unit-norm, gets
-    right; labels (Q,), (N,) are int64 from 0. The ranks share the queries."""
-    own, classes = slice(rank(), None, world()), int(max(y_bank.max(), y_query.max())) + 1
+    right; labels (Q,), (N,) are int64. The ranks share the queries."""
+    own, (y_bank, y_query), classes = slice(rank(), None, world()), *_from_0(y_bank, y_query)
     scores = knn_scores(query[own], bank, y_bank, classes, args.knn_k, args.knn_t)
     right = (scores.argmax(1) == y_query[own].to(scores.device)).sum()
     return 100 * all_reduce_sum(right).item() / len(query)
@@ -2172,8 +2215,8 @@ def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20
     """
     alone = bank is None
     bank, bank_labels = (query, query_labels) if alone else (bank, bank_labels)
-    bank_labels, query_labels = bank_labels.to(query.device), query_labels.to(query.device)
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    (bank_labels, query_labels), classes = _from_0(*(y.to(query.device) for y in (
+        bank_labels, query_labels)))
     R = torch.bincount(bank_labels, minlength=classes)[query_labels] - int(alone)  # (Q,)
     if max(ks) > len(bank) - alone:
         raise BadInput(f"R@{max(ks)} asks for more rows than the bank has ({len(bank) - alone})")

@@ -74,6 +74,8 @@ RECIPES = {
     "semi-10": dict(SEMI, fraction=0.1, lr=0.2, lr_backbone=0.01),
 }
 
+RANKS = (1, 5, 10, 20)  # of R@k
+
 # ---------------------------------------------------------------------------------- rows
 
 
@@ -205,7 +207,8 @@ def choose_hyperparameters(x, y, standardize, classes, args):
     correct = torch.zeros(len(grid), device=y.device)
     for rows in held_out.split(2 ** 11):
         logits = (standardize(x, rows, y.device) @ W.flatten(1)).unflatten(1, W.shape[1:])
-        correct += (logits.argmax(2) == y[rows.to(y.device), None]).sum(0)  # of (b, G)
+        correct += (logits.isfinite().all(2)  # of a point that diverged nothing is right
+                    & (logits.argmax(2) == y[rows.to(y.device), None])).sum(0)  # of (b, G)
     top1 = (100 * correct.double() / len(held_out)).tolist()
     points = [dict(lr=lr, weight_decay=decay, validation_top1=value)
               for (lr, decay), value in zip(grid, top1, strict=True)]
@@ -226,14 +229,16 @@ def evaluate_features(args, data, h, classes, device):
     retrieval = {}
     for name in dict.fromkeys([args.label, *args.retrieval_labels]):
         ids, query_ids = (t.column(name).to(device) for t in (data.train, data.test))
-        retrieval[name] = common.retrieval(*labelled_rows(query, query_ids),
-                                           *labelled_rows(bank, ids))
+        retrieval[name] = common.retrieval(
+            *labelled_rows(query, query_ids), *labelled_rows(bank, ids),
+            [k for k in RANKS if k <= (ids >= 0).sum()])
     standardize = standardizer(h[0])
     choice = choose_hyperparameters(h[0], y, standardize, classes, args)
     point = choice["lr"], choice["weight_decay"]
     W = fit_softmax_regression(h[0], y, torch.arange(len(y)), standardize, classes, [point], args)
     logits = torch.cat([standardize(h[1], rows, device) @ W[:, 0]
                         for rows in torch.arange(len(y_test)).split(2 ** 13)])
+    common.check_finite(f"fast probe with lr {choice['lr']:g}: the logits", logits)
     knn = common.knn_top1(query, y_test, bank, y, args)
     return dict(knn=dict(top1=knn), probe=top_k_accuracy(logits, y_test), choice=choice,
                 retrieval=retrieval)
@@ -340,8 +345,12 @@ def evaluate(args, checkpoint):
         common.reject_unused(args, ["micro_batch"], "by --mode fast")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     data, names, notes = load_labelled(args, device)
-    for column in args.retrieval_labels:
-        data.train.column(column), data.test.column(column)
+    for column in dict.fromkeys([*args.retrieval_labels, args.label]):
+        bank = (common.label_columns(args, column, (data.train, data.test), "--label" if column ==
+                                     args.label else "--retrieval-labels")[0] >= 0).sum()
+        if args.mode == "fast" and bank < RANKS[-1]:
+            notes.append(f"column {column}: {', '.join(f'R@{k}' for k in RANKS if k > bank)} left "
+                         f"out, as only {bank} training images have a value")
     written = any(word.split("=")[0] == "--knn-k" for word in args.argv)
     if written and args.knn_k > len(data.train):  # the default takes as many as there are
         raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training images")

@@ -777,6 +777,7 @@ def encode(model, tokens, block=256):
     was_training = model.training
     model.eval()
     Y = torch.cat([model(None, part)[1] for part in tokens.split(block)])
+    common.check_finite("features of captions", Y)
     model.train(was_training)
     return F.normalize(Y, dim=1)
 
@@ -839,7 +840,7 @@ def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
             own.args = argparse.Namespace(**dict(vars(args), mean=mean, std=std))
             X = common.extract_features(model, own, images, **options)
         names, templates = zero_shot_prompts(args, names)
-        tokens = tokenizer([prepare(t.format(c)) for c in names for t in templates])
+        tokens = tokenizer([prepare(t.replace("{}", c)) for c in names for t in templates])
         Z = encode(model, tokens.to(data.device)).unflatten(0, (len(names), -1))
         ks = (1, min(5, len(names)))
         logits = X[labelled] @ class_weights(Z).T

@@ -169,6 +169,37 @@ def test_knn_accuracy_by_hand(monkeypatch):
     assert common.knn_accuracy(Angles(), data) is None  # one class: nothing to tell apart
 
 
+def test_knn_of_ids_of_any_size(monkeypatch):
+    bank, big = [0, 10, 100, 110], 10 ** 12
+    for labels, of_query in (([0, 0, 2, 2], [0, 2]), ([big, big, 3, 3], [big, 3])):
+        data = data_of((bank, labels), ([5, 105], of_query), "--knn-k", "2",
+                       monkeypatch=monkeypatch)
+        assert common.knn_accuracy(Angles(), data) == 100.0
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_knn_of_a_network_that_is_not_finite(monkeypatch, value):
+    data = data_of(([0, 10, 100], [0, 0, 2]), ([5, 50], [0, 2]), monkeypatch=monkeypatch)
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), Angles())
+    network[0].running_var[1] = value
+    with pytest.raises(common.RunFailed, match="^features are not finite.*; nor is 0.running_var$"):
+        common.knn_accuracy(network, data)
+    network[0].running_var[1] = 1.0
+    broken = nn.Sequential(network, Broken(value))
+    with pytest.raises(common.RunFailed, match=r"^features are not finite, for 1 of 3 rows \(the "
+                       r"first: row 2\)$"):
+        common.knn_accuracy(broken, data)
+
+
+class Broken(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return torch.where(x[:, :1] < 0, self.value, x)
+
+
 def test_features_are_taken_in_evaluation_mode_and_normalised(monkeypatch):
     data = data_of(([0, 51, 255], [0, 1, 0]), ([0], [0]), "--mean", "0.2", "0.2", "0.2", "--std",
                    "0.5", "0.5", "0.5", monkeypatch=monkeypatch)

@@ -349,12 +349,75 @@ def test_bad_flags(tmp_path, capsys):
     assert "no column 'colr'; the data set has: label" in fails(capsys, *none, "--label", "colr")
     assert "no column 'colr'" in fails(capsys, *none, "--retrieval-labels", "colr")
     assert "--knn-k 300: there are 240" in fails(capsys, *none, "--knn-k", "300")
-    assert "R@20 asks for more rows" in fails(capsys, *none, "--label", "pattern",
-                                              "--limit-train", "16")
     assert "--recipe simclr: there are fast" in fails(capsys, *none, "--recipe", "simclr")
     assert "--batch-size 256 is larger" in fails(capsys, *none, "--recipe", "moco")
     assert "--optimizer lars" in fails(capsys, *none, "--optimizer", "lars")
     assert not list(tmp_path.iterdir())
+
+
+def test_small_bank(tmp_path, capsys):
+    """R@k of more rows than a column has is left out, with a note."""
+    record = run(tmp_path, "--checkpoint", "none", "--label", "pattern", "--limit-train", "16")
+    note = "column pattern: R@20 left out, as only 16 training images have a value"
+    assert record["data"]["notes"] == [note] and note in capsys.readouterr().out
+    assert list(record["results"]["retrieval"]["pattern"]) == ["R@1", "R@5", "R@10", "mAP@R"]
+
+
+def test_columns_of_one_split(tmp_path, capsys, monkeypatch):
+    """A column that one file lacks, or has without values: the flag and the file are named."""
+    def tables(args):
+        train, test = shapes_tables(args)
+        train.columns["only"] = test.columns.pop("pattern")[:240].repeat(3)[:240]
+        train.columns["huge"] = train.columns["colour"] * 10 ** 12
+        test.columns["huge"] = test.columns["colour"] * 10 ** 12
+        test.columns["none"] = torch.full((96,), -1)
+        train.columns["none"] = torch.arange(240) % 2
+        return train, test
+
+    monkeypatch.setitem(common.SOURCES, "npz", tables)
+    argv = ["--checkpoint", "none", "--dataset", "npz", "--train-file", "a.npz", "--out",
+            str(tmp_path / "x.json")]
+    two = [*argv, "--test-file", "b.npz"]
+    assert "--label only: b.npz has no such column; it has: " in fails(
+        capsys, *two, "--label", "only")
+    assert "--label pattern: the test images of data has no such column" in fails(
+        capsys, *argv, "--label", "pattern")
+    assert "--retrieval-labels only: b.npz has no such column" in fails(
+        capsys, *two, "--retrieval-labels", "coarse", "only")
+    assert "--retrieval-labels none: no row of b.npz has a value" in fails(
+        capsys, *two, "--retrieval-labels", "none")
+    assert not (tmp_path / "x.json").exists()
+    # ids may be of any size: the figures are those of the ids from 0
+    one = run(tmp_path, *two[:-4], *two[-2:], "--label", "colour", "--retrieval-labels", "huge",
+              name="one.json")["results"]
+    other = run(tmp_path, *two[:-4], *two[-2:], "--label", "huge", name="two.json")["results"]
+    assert one["retrieval"]["huge"] == one["retrieval"]["colour"] == other["retrieval"]["huge"]
+    assert one["knn"] == other["knn"] and one["probe"] == other["probe"]
+
+
+def test_networks_that_are_not_finite_give_no_figures(tmp_path, capsys, monkeypatch):
+    """A weight, or a statistic: of infinite variance or mean ReLU makes finite features."""
+    file = tmp_path / "file.pt"
+    argv = ["--checkpoint", str(file), "--dataset", "shapes", "--out", str(tmp_path / "x.json")]
+    for name, value in (("layer4.0.conv2.weight", math.nan), ("layer1.0.bn1.running_var", math.inf),
+                        ("bn1.running_mean", math.inf), ("layer2.0.bn1.bias", -math.inf)):
+        state = network("resnet-tiny", "imagenet", 1).state_dict()
+        state[name].view(-1)[0] = value
+        torch.save(state, file)
+        line = fails(capsys, *argv, status=1)
+        assert f"checkpoint {file}: its features are not finite, for " in line
+        assert line.endswith(f"nor is {name}")
+    assert "of 240 rows" in line
+    # the fast probe diverges, or one point of its grid
+    none = ["--checkpoint", "none", "--out", str(tmp_path / "x.json"), "--weight-decays", "1e30",
+            "--lrs", "1e30"]
+    assert "fast probe with lr 1e+30: the logits are not finite" in fails(capsys, *none, status=1)
+    linear_eval.main([*QUICK, *none, "1e-30"])
+    choice = json.loads((tmp_path / "x.json").read_text())["results"]["choice"]
+    assert choice["lr"] == 1e-30 and choice["grid"][0]["validation_top1"] == 0
+    line = fails(capsys, "--checkpoint", "none", "--out", str(tmp_path / "y.json"), "--recipe",
+                 "cifar", "--batch-size", "48", "--lr", "1e38", status=1)
+    assert "the loss is" in line and "; a smaller --lr" in line  # there is no checkpoint to keep
 
 
 # ---------------------------------------------------------------------------------- fast probe

@@ -303,6 +303,16 @@ def test_other_checkpoints_and_labels(tmp_path, small, monkeypatch, rendered):
     assert found["data"]["train"] == 200 and found["data"]["test"] == 240
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_picture_uses_nothing_deprecated(tmp_path):
+    scores = dict(unseen=dict(gaussian=(normal(50), normal(40) - 1)))
+    results = dict(unseen=dict(gaussian=dict(AUROC=70.0)))
+    path = ood_eval.score_picture(tmp_path / "a.png", ood_eval_flags("--checkpoint", "none"),
+                                  scores, results)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+
+
 def test_one_image_a_class(tmp_path, capsys):
     found = run(tmp_path, "--checkpoint", "none", "--limit-train", "24", "--bootstrap", "0")
     assert found["data"]["train"] == 24

@@ -681,6 +681,32 @@ def test_zero_shot_with_the_statistics_of_its_data():
     assert found["own"]["mean"] != found["plain"]["mean"]
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_zero_shot_of_a_tower_that_is_not_finite(tower):
+    """Without captions nothing but the features themselves can tell."""
+    tokenizer, data, _ = shapes_test_set()
+
+    class Broken(Means):
+        def forward(self, images, tokens=None):
+            return [x if x is None or (tower == "image") == (images is None) else x * math.nan
+                    for x in super().forward(images, tokens)]
+
+    with pytest.raises(common.RunFailed, match="not finite, for"):
+        sogclr_clip.evaluate_clip(Broken(), tokenizer, data, None)
+
+
+def test_braces_in_templates(tmp_path):
+    """Only {} stands for the class; the text of an evaluation holds the others as they are."""
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["a photo of {} {0} {word} }{", "{",
+                                *(f"class {{{i}" for i in range(23))]))
+    tokenizer, data, _ = shapes_test_set("--class-names", str(names))
+    seen = []
+    sogclr_clip.evaluate_clip(Means(), lambda texts: seen.extend(texts) or tokenizer(texts), data,
+                              None, prepare=str)
+    assert seen[:2] == ["a photo of { {0} {word} }{", "a photo of class {0 {0} {word} }{"]
+
+
 def test_features_that_are_zero_are_told_once(capsys):
     tokenizer, data, pairs = shapes_test_set()
     for _ in range(2):
