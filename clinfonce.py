@@ -365,7 +365,7 @@ class ClInfoNCE(nn.Module):
 
 
 class Clusters(nn.Module):
-    """Cluster id of every training image, (N,) int64. A module, so that checkpoints have it."""
+    """Cluster id of every training image, (N,) int64. A module, so that it is saved."""
 
     def __init__(self, ids):
         super().__init__()

@@ -1,25 +1,27 @@
 """RINCE (Hoffmann, Behrmann, Gall, Brox, Noroozi: Ranking Info Noise Contrastive Estimation:
 Boosting Contrastive Learning via Ranked Positives, AAAI 2022, arXiv 2201.11736).
 
-Positives are ranked: 1 the own class, 2 related classes, and so on; then come the negatives. Term i
-pulls rank i towards the anchor and pushes all that is worse away. It leaves better ranks out, so it
-does not push them away. The paper's method section could not be read: the labels E1 to E8 are those
-of this project, the equations those of the authors' code; [P?] was not checked against the paper.
+Positives have ranks (Fig. 1 [T]): rank 1 is the anchor's class, rank 2 are related classes, and so
+on; all others are negatives. Term i pulls rank i towards the anchor and pushes higher ranks and
+negatives away. It leaves out lower ranks, so it does not push them away. The equations are those of
+the authors' code. The paper's equation numbers could not be found, so the labels E1 to E8 are this
+project's. P_i, tau_i, p are the paper's symbols [3]; its query q is a here, its h(q, p) is a . p.
+How sure a reference is: [T] the paper's own text, [3] as a third party restates it.
 
     a_n anchor, p_n its second view, k_m candidates (old keys), R[n,m] rank of k_m for a_n, 0 = none
     P_i(n) = { k_m : R[n,m] = i }, for i = 1 also p_n;  Neg_i(n) = { k_m : R[n,m] = 0 or > i }    E1
     tau_i = tau_min + (1 - s_i) (tau_max - tau_min),  s_i = 1 - 0.25 (i - 1)                      E2
     with e_k = exp(a_n . k / tau_i), N = sum of e_k over Neg_i(n), S = sum of e_k over P_i(n):
-    pi_in(n) = S / (S + N), one per anchor                                                        E3
+    pi_in(n) = S / (S + N), one per anchor     (as the paper has it [3])                          E3
     pi_out(n, k) = e_k / (e_k + N), one for every k in P_i(n)                                     E4
     L_i = mean of -log pi over the batch's anchors (in) or pairs (out) with pi > 1e-7             E5
-    L = 1/r sum_i L_i, where L_i = 0 if there is no such entry       (the paper: the sum [P?])    E6
+    L = 1/r sum_i L_i, where L_i = 0 if there is no such entry       (the paper: the sum [3])     E6
     theta_k <- m theta_k + (1 - m) theta_q before the keys; they join the queue after the loss    E7
     class similarities C, thresholds t_2 > t_3 > ..: rank i where t_i <= C < t_{i-1}              E8
     rince-out: E4 in all terms; rince-in: E3; rince-out-in: E4 in term 1, E3 in the others;
-    rince-uni: one positive per rank, drawn; scl: term 1 alone (tau_min), on classes or superclasses
+    rince-uni: one random positive per rank; scl: only term 1 (tau_min), of classes or superclasses
 
-Labels used:  a chain of label columns (--ranks), or one column and class similarities.
+Labels used:  label columns from fine to coarse (--ranks), or one column and class similarities.
 State kept:   query and key network, queue of K keys with labels, ranks, one class id per image.
 Shapes:       B global batch, b rows of this process, D embedding width, M candidates, r ranks,
               C classes, N images.
@@ -33,8 +35,8 @@ Shapes:       B global batch, b rows of this process, D embedding width, M candi
     python rince.py --recipe c100-small --loss ce                          # baseline, same views
     python rince.py --recipe c100-small --loss ce --jitter-p 0 --gray 0    # crop and flip only
 Measured: demo 84 CPU seconds in two processes, 1 GB each, kNN 13.5 -> 94 % (synthetic), AUROC of
-unseen shapes 53.8 -> 96.9 % by `ood_eval.py`; c100-small 140 CPU seconds, 1.2 GB, results in the
-README. The GPU recipes were not run yet.
+unseen shapes 53.8 -> 96.9 % by `ood_eval.py`; c100-small 140 CPU seconds, 1.2 GB. The results are
+in results/README.md. The GPU recipes have not been run yet.
 """
 import copy
 import csv
@@ -51,8 +53,8 @@ import common
 
 # ---------------------------------------------------------------------------------- recipes
 
-# [R] the authors' repository (README commands and defaults; the paper's values could not be
-# checked), [K] chosen for this project, not tuned and not from the paper
+# [R] the authors' repository (README commands and defaults), [K] chosen for this project, not tuned
+# and not from the paper, whose settings and accuracies could not be confirmed
 PAPER = dict(  # [R]
     tau_min=0.1, tau_max=0.6, key_momentum=0.99, momentum=0.9, weight_decay=1e-4,
     schedule="cosine-epoch", warmup=10, crop=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2)
@@ -60,7 +62,7 @@ CIFAR = dict(  # [R]
     PAPER, dataset="cifar100", arch="resnet50", stem="cifar", ranks=["label", "coarse"],
     queue=4096, epochs=1000, batch_size=512, lr=0.5,
     knn_every=50, amp="auto", save_every=5)         # [K]
-SMALL = dict(  # optimiser and schedule of all methods' small runs; the method's own numbers are [R]
+SMALL = dict(  # optimiser and schedule of all methods' small runs; RINCE's own numbers are [R]
     tau_min=0.1, tau_max=0.6, key_momentum=0.99, lr=0.5, momentum=0.9, nesterov=True,
     weight_decay=1e-4, schedule="cosine", warmup=1, batch_size=256, channels_last=True,
     queue=2048)                                     # [K] 8 batches, as 4096 is of 512
@@ -77,7 +79,7 @@ RECIPES = {
     "cifar100": CIFAR,
     "cifar100-ce": dict(  # [R] crop and flip; with the contrastive views: --jitter-p 0.8 --gray 0.2
         CIFAR, loss="ce", epochs=500, lr=0.8, jitter_p=0.0, gray=0.0),
-    "tinyimagenet": dict(  # [K] the authors only test on it: network and epochs of a ResNet-18 run
+    "tinyimagenet": dict(  # [K] for the authors only a test set; network, epochs as imagenet100
         PAPER, dataset="folder", arch="resnet18", stem="cifar", image_size=64, ranks=["label"],
         threshold=[0.4], queue=8192, epochs=500, batch_size=512, lr=0.5, knn_every=50, amp="auto",
         save_every=10),
@@ -93,7 +95,7 @@ FORMS = {"rince-out": "out", "rince-in": "in", "rince-out-in": "out-in", "rince-
 # ---------------------------------------------------------------------------------- loss
 
 
-LOG_ZERO = -1e30  # instead of -inf: a sum of no terms stays finite, and its gradient is 0, not 0/0
+LOG_ZERO = -1e30  # log of a sum without terms; with -inf its gradient would be 0/0
 
 
 def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
@@ -103,11 +105,11 @@ def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
         a: (B, D) unit-norm anchors, with gradient; float16 and bfloat16 become float32.
         p: (B, D) unit-norm second views of the same images.
         keys: (M, D) unit-norm candidates: the queue before this batch, or p itself.
-        R: (B, 1 + M) int64 from `rank_of`: 0 negative, -1 in no term; column 0 is p, of rank 1.
-        taus: r temperatures > 0, one for each rank from 1.
+        R: (B, 1 + M) int64 from `rank_of`: rank, 0 negative, -1 in no term; column 0 is p, rank 1.
+        taus: r temperatures > 0, one for each rank, from rank 1.
         form: "out", "in" or "out-in".
-        cumulative: P_i also has the keys of better ranks (but not p), as the authors train CIFAR.
-        min_prob: entries with pi <= min_prob are dropped (E5); 0 keeps all.
+        cumulative: P_i includes the keys of lower ranks, but not p, as the authors train CIFAR.
+        min_prob: drop entries with pi <= min_prob (E5); 0 keeps all.
     Returns: scalar.
     """
     a, p, keys = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, p, keys))
@@ -124,17 +126,17 @@ def rince(a, p, keys, R, taus, form="out-in", cumulative=False, min_prob=1e-7):
         if {"out": False, "in": True, "out-in": i > 1}[form]:
             s = s.masked_fill(~P, LOG_ZERO).logsumexp(1, keepdim=True)  # (B, 1)
             P = P.any(1, keepdim=True)
-        # differs from the released code: that takes e^s without log-sum-exp, and overflows
+        # differs from the released code: it computes e^s without log-sum-exp and can overflow
         log_pi = F.logsigmoid(s - log_N)  # E3 (B, 1) or E4 (B, 1 + M)
-        kept = P & ~(log_pi <= cut)  # not `>`: that would drop a NaN, and the training would go on
+        kept = P & ~(log_pi <= cut)  # not `>`, which would drop a NaN and hide it
         L.append(-log_pi.where(kept, 0.0).sum() / kept.sum().clamp(min=1))  # E5
-    # differs from the released code: r is fixed, there it changes with the classes of the batch
-    return torch.stack(L).mean()  # E6
+    # differs from the released code: r is fixed; there it depends on the classes in the batch
+    return torch.stack(L).mean()  # E6: 1/r and a sum; the paper has no 1/r [3]
 
 
 def temperatures(r, tau_min, tau_max):
-    """tau_1 .. tau_r by similarity (E2): tau_max is the one of similarity 0, not of rank r."""
-    # s_i >= 0 is ours: the authors have no more than five ranks
+    """tau_1 .. tau_r (E2). Similarity 0 has tau_max, so rank r has less unless r >= 5."""
+    # the minimum (s_i >= 0) is ours: the authors have at most five ranks
     return [tau_min + min(1.0, 0.25 * i) * (tau_max - tau_min) for i in range(r)]
 
 
@@ -142,11 +144,11 @@ def temperatures(r, tau_min, tau_max):
 
 
 def rank_of(y, table, y_keys=None):
-    """R (B, 1 + M) int64: the candidates' ranks for each anchor; column 0 is the second view's.
+    """R (B, 1 + M) int64: ranks of the candidates for each anchor; column 0 is the second view.
 
     Args: y (B,) int64 classes of the batch; table (C, C), see `chain_ranks`; y_keys (M,) classes of
-    the queue, where -1 = no key yet: a negative. None: the candidates are the batch's keys, and
-    an image's own key is in no term.
+    the queue, -1 for initial keys, which are negatives. None: the candidates are the batch's keys,
+    and an image's own key is in no term.
     """
     if y_keys is None:
         R = table[y][:, y].fill_diagonal_(-1)  # (B, B)
@@ -156,9 +158,9 @@ def rank_of(y, table, y_keys=None):
 
 
 def one_per_rank(R, u):
-    """RINCE-uni: R (B, 1 + M) with one positive per rank, the others in no term (-1).
+    """RINCE-uni: R (B, 1 + M) with one positive per rank; the other positives are in no term (-1).
 
-    Args: u (B, r) uniform in [0, 1): which one. That the others are no negatives is ours.
+    Args: u (B, r), uniform in [0, 1), chooses it. That the others are not negatives is our choice.
     """
     one = R.clone()
     for i in range(1, u.shape[1] + 1):
@@ -169,11 +171,11 @@ def one_per_rank(R, u):
 
 
 def chain_ranks(columns):
-    """Ranks of the classes from a chain of label columns, the finest first.
+    """Ranks of the classes from label columns, from fine to coarse.
 
     Args: columns (N, r) int64; the first holds the classes 0 .. C-1.
-    Returns: (C, C) int64, [c, d] = number (from 1) of the first column that c and d share, else 0.
-    Raises: ValueError if a value of a column meets two values of the next one (not nested).
+    Returns: (C, C) int64, [c, d] = number (from 1) of the first column that c and d share, or 0.
+    Raises: ValueError if images of one value differ in the next column (columns are not nested).
     """
     of_class = torch.unique(columns, dim=0)
     for i in range(columns.shape[1] - 1):
@@ -186,18 +188,18 @@ def chain_ranks(columns):
 
 
 def similarity_ranks(similarity, thresholds):
-    """Ranks (C, C) int64 of the classes from similarities (C, C) and falling thresholds (E8)."""
+    """Ranks (C, C) int64 from class similarities (C, C) and decreasing thresholds (E8)."""
     t = torch.as_tensor(thresholds, dtype=similarity.dtype)
-    below = (similarity[..., None] < t).sum(2)  # (C, C) thresholds that are not reached
+    below = (similarity[..., None] < t).sum(2)  # (C, C) number of thresholds above
     return (2 + below).masked_fill(below == len(t), 0).fill_diagonal_(1)
 
 
 def read_similarity(path, names, thresholds):
-    """Ranks (C, C) of the classes `names` from a file, see README: a CSV of class_a, class_b and
-    similarity or rank, or an npz of classes and a matrix similarity or rank.
+    """Ranks (C, C) of the classes `names` from a file: a CSV with columns class_a, class_b and
+    similarity or rank, or an npz with arrays classes and similarity or rank (C, C).
 
-    A line of a CSV counts both ways unless there is one for the other way; a pair without a line
-    is a negative. Errors: BadInput that names the file and the class or what is wrong.
+    A CSV row (a, b) also holds for (b, a) unless the file has a row (b, a). Pairs without a row are
+    negatives. Raises: BadInput that names the file and the class, or says what is wrong.
     """
     try:
         if str(path).endswith(".npz"):
@@ -214,32 +216,32 @@ def read_similarity(path, names, thresholds):
             matrix = torch.tensor([[pair.get((a, b), pair.get((b, a), none)) for b in known]
                                    for a in known])
     except Exception as error:  # numpy, csv and zipfile raise many kinds
-        raise common.BadInput(f"--similarity {path}: no CSV of class_a, class_b, similarity (or "
-                              f"rank) and no such npz, see README: {error!r}") from None
+        raise common.BadInput(f"--similarity {path}: neither a CSV of class_a, class_b, similarity "
+                              f"(or rank) nor such an npz: {error!r}") from None
     for what, classes in (("lacks", {*names} - {*known}),
-                          ("has, and the data lack,", {*known} - {*names})):
+                          ("has, but the data lack,", {*known} - {*names})):
         if classes:
             raise common.BadInput(f"--similarity {path} {what} {len(classes)} classes: "
                                   f"{', '.join(sorted(classes)[:5])}")
     place = torch.tensor([known.index(c) for c in names])
     if matrix.shape != (len(known),) * 2 or matrix.isnan().any():
-        raise common.BadInput(f"--similarity {path}: {kind} is no square of numbers")
+        raise common.BadInput(f"--similarity {path}: {kind} is not a square matrix of numbers")
     matrix = matrix[place][:, place]
     if kind == "similarity":
         return similarity_ranks(matrix, thresholds)
     other = matrix[~torch.eye(len(names), dtype=torch.bool)]
     if ((other != other.round()) | (other < 0) | (other == 1)).any():
-        raise common.BadInput(f"--similarity {path}: ranks of other classes are 2, 3, .. or 0; "
-                              "rank 1 is the class itself")
+        raise common.BadInput(f"--similarity {path}: ranks of other classes must be 2, 3, .. or "
+                              "0 (negative); rank 1 is the class itself")
     return matrix.long().fill_diagonal_(1)
 
 
 def class_ranks(data, args):
     """Classes and their ranks from --loss, --ranks and --similarity.
 
-    Returns: ids (N,) int64 of the training rows, 0 .. C-1; names, C texts; ranks (C, C) int64.
+    Returns: ids (N,) int64, classes 0 .. C-1 of the training rows; C names; ranks (C, C) int64.
     """
-    # losses of one rank see the first column only
+    # losses with one rank use only the first column
     chain = args.ranks[:1] if args.loss in ("scl-out", "scl-in", "ce") else args.ranks
     columns = torch.stack([data.train.column(c) for c in chain], 1)  # (N, r)
     if (columns < 0).any():
@@ -256,7 +258,7 @@ def class_ranks(data, args):
         values, ids = columns[:, -1].unique(return_inverse=True)
         table = torch.eye(len(values), dtype=torch.int64)
     if len(values) < 2:
-        raise common.BadInput(f"--ranks {chain[0]}: one class only, no negatives")
+        raise common.BadInput(f"--ranks {chain[0]}: one class has no negatives")
     names = data.train.classes.get(chain[0])
     if args.similarity:
         if not names:
@@ -268,7 +270,7 @@ def class_ranks(data, args):
             raise common.BadInput(
                 f"--similarity {args.similarity}: no pair of classes has rank {i}; take a lower "
                 "--threshold" if args.similarity else
-                f"--ranks {' '.join(chain)}: no pair of classes has rank {i}; leave out "
+                f"--ranks {' '.join(chain)}: no pair of classes has rank {i}; remove "
                 f"{chain[i - 1]}")
     return ids, [str(names[v] if names else v) for v in values.tolist()], table
 
@@ -295,7 +297,7 @@ def report_ranks(names, table, taus, args):
 
 
 class RINCE(nn.Module):
-    """Encoder and head: a view (b, 3, S, S) to unit vectors (b, D), or to class logits."""
+    """Encoder and head. Maps a view (b, 3, S, S) to unit vectors (b, D) or class logits."""
 
     def __init__(self, args, classes):
         super().__init__()
@@ -311,7 +313,7 @@ class RINCE(nn.Module):
 
 
 class Ranks(nn.Module):
-    """Class of every training row and ranks of the classes. In the checkpoint."""
+    """Class of every training row and ranks of the classes. A module, so that it is saved."""
 
     def __init__(self, ids, table):
         super().__init__()
@@ -391,7 +393,7 @@ def train(args):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """Rate of a step from --schedule: a pure function of the step."""
+    """Learning rate of a step by --schedule: a pure function of the step."""
     if args.schedule == "cosine-epoch":
         return common.warmup_by_epoch(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr,
@@ -402,7 +404,7 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 def check(args):
-    """BadInput for flags that do not go together, before anything is read."""
+    """Raise BadInput for flags that do not fit together, before any data are read."""
     if not 0 < args.tau_min <= args.tau_max:
         raise common.BadInput(f"--tau-min {args.tau_min} --tau-max {args.tau_max}: 0 < tau-min <= "
                               "tau-max must hold")
@@ -414,13 +416,13 @@ def check(args):
                               f"{args.batch_size} (0: no queue)")
     falling = all(a > b for a, b in zip(args.threshold, args.threshold[1:]))
     if not falling or not all(t <= 1 for t in args.threshold):
-        raise common.BadInput(f"--threshold {args.threshold}: must fall, and none above 1")
+        raise common.BadInput(f"--threshold {args.threshold}: must decrease, from at most 1")
     if args.loss == "ce":
         common.reject_unused(args, ["tau_min", "tau_max", "min_prob"], "by --loss ce")
     if not args.similarity:
         common.reject_unused(args, ["threshold"], "without --similarity")
     if args.batch_size < 2 and args.queue == 0 and args.loss != "ce":
-        raise common.BadInput("--batch-size 1 --queue 0: an image needs others as negatives")
+        raise common.BadInput("--batch-size 1 --queue 0: there are no negatives")
     ranked = args.loss.startswith("rince")
     if args.similarity and (len(args.ranks) > 1 or not ranked):
         raise common.BadInput("--similarity goes with --loss rince-* and one column of --ranks")
@@ -438,24 +440,24 @@ def main(argv=None):
     parser = common.Parser("rince", __doc__, RECIPES)
     add = parser.add_argument_group("RINCE").add_argument
     add("--loss", default="rince-out-in", choices=list(FORMS),
-        help="rince-uni: one positive a rank; scl: one rank, classes or superclasses; ce: the "
-        "baseline that predicts the class with cross-entropy from one view")
+        help="rince-uni: one positive per rank; scl: one rank, classes or superclasses; ce: a "
+        "baseline, predicts the class from one view by cross-entropy")
     add("--ranks", nargs="+", default=["label", "coarse"],
-        help="chain of label columns: rank 1 shares the first, rank 2 the second, and so on")
+        help="label columns from fine to coarse: rank 1 shares the first, rank 2 the second, ...")
     add("--similarity", help="CSV or npz of class similarities (or ranks) instead of a chain (E8)")
     add("--threshold", type=float, nargs="+", default=[0.4], help="t_2 > t_3 > .. of --similarity")
     add("--rank2-positives", default="siblings", choices=["siblings", "cumulative"],
-        help="term 2: the other classes of the superclass, or the own class too, as the authors' "
-        "CIFAR command trains")
+        help="positives of term 2: the other classes of the superclass, or also the anchor's class "
+        "(the authors' CIFAR command)")
     add("--tau-min", type=float, default=0.1, help="temperature of rank 1 (E2)")
     add("--tau-max", type=float, default=0.6, help="temperature of similarity 0 (E2); equal to "
         "--tau-min: one for all ranks")
-    add("--queue", type=int, default=4096, help="K, keys of the queue; 0: those of the batch")
+    add("--queue", type=int, default=4096, help="K, keys in the queue; 0: use those of the batch")
     add("--key-momentum", "--m", type=float, default=0.99, help="m of E7, of the key encoder")
     add("--dim", type=int, default=128, help="D, width of the embedding")
-    add("--min-prob", type=float, default=1e-7, help="drop entries with pi <= this (E5), 0: none")
+    add("--min-prob", type=float, default=1e-7, help="drop entries with pi <= this (E5); 0: none")
     add("--schedule", default="cosine-epoch", choices=["cosine-epoch", "cosine"],
-        help="by epoch, to 0.001 lr (the authors'), or by iteration to 0")
+        help="by epoch to 0.001 lr (the authors'), or by iteration to 0")
     add("--warmup", type=int, default=10, help="epochs of linear warm-up")
     common.run(train, parser, argv)
 

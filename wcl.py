@@ -1,11 +1,13 @@
 """WCL (Zheng, Wang, You, Qian, Zhang, Wang, Xu: Weakly Supervised Contrastive Learning, ICCV 2021,
 arXiv 2110.04770).
 
-Instance discrimination pushes apart images of one class. WCL keeps that task on one head, and on a
-second head links every image of the batch to its nearest neighbour; the connected components of
-that graph are weak labels, with which each view supervises the OTHER view. The core follows the
-authors' code. The labels E1 to E9 are those of this project: of the paper only the abstract and the
-framework figure could be read. Multi-crop (E9) is a reconstruction, not the paper's own form.
+Instance discrimination pushes images of the same class apart (class collision, Fig. 1 [T]). WCL
+keeps that task on one head. On a second head it links every image of the batch to its nearest
+neighbour. The connected components of that graph are weak labels, and the labels of each view
+supervise the OTHER view (Sec. 3, Fig. 2 [T]). The equations are those of the authors' code. The
+paper's equation numbers could not be found, so the labels E1 to E9 are this project's. Multi-crop
+(E9) is our reconstruction. x^m, h^m, F, g, phi, y^m, L_NCE, L_swap are the symbols of Fig. 2. How
+sure a reference is: [T] the paper's own text or figure, [A] its authors' README, [3] a third party.
 
     h^m = F(x^m), z^m = g(h^m) / |g(h^m)|, v^m = phi(h^m) / |phi(h^m)|, views m = 1, 2
     Z^m, V^m: the z^m, v^m of the whole batch, i, j, k its rows
@@ -23,7 +25,7 @@ framework figure could be read. Multi-crop (E9) is a reconstruction, not the pap
     L_cK   = mean_{m,c,i} -1/|P^m'(i)| sum_{j in P^m'(i)} log softmax_j(vc_ci . V^m_j / tau)[j]
     L = alpha L_NCE + beta L_swap + gamma L_cNCE + delta L_cK
 
-Labels used:  none. True labels, where there are any, serve the log: purity of the weak labels.
+Labels used:  none. True labels, if the data have any, are only for the log (purity).
 State kept:   the network. --beta 0 is the SimCLR baseline: no second head, no graph.
 Shapes:       B global batch, b rows of this process, V views, D embedding width, C crops.
 
@@ -35,7 +37,8 @@ Shapes:       B global batch, b rows of this process, V views, D embedding width
     torchrun --nproc_per_node=8 wcl.py --recipe imagenet100 --data-dir DIR
     torchrun --nnodes=4 --nproc_per_node=8 ... wcl.py --recipe imagenet --data-dir DIR  # 32 x 128
 Measured: demo 109 seconds on 2 busy cores, kNN 13.5 -> 47.6 % (synthetic); c100-small 166 CPU
-seconds, 1.2 GB, results in the README. The GPU recipes were not run yet at full length.
+seconds, 1.2 GB. The results are in results/README.md. The GPU recipes have not been run at full
+length yet.
 """
 import copy
 
@@ -47,8 +50,8 @@ import common
 
 # ---------------------------------------------------------------------------------- recipes
 
-# [R] the authors' repository, [P] the paper's run as the authors' README tells it, [S] a convention
-# of the field (the authors have no such recipe), [K] chosen for this project, not tuned
+# [R] the authors' repository, [P] the paper's run as the authors' README describes it, [S] a
+# convention of the field (the authors have no such recipe), [K] chosen for this project, not tuned
 LARS = dict(  # [R] wcl.py, LARS.py; E7, E8: base rate 0.075 sqrt(B), 4.8 at 4096
     optimizer="lars", lr=0.075, lr_rule="sqrt", momentum=0.9, weight_decay=1e-6, warmup=10,
     tau=0.1, alpha=1.0, beta=1.0, sync_bn=True)
@@ -76,13 +79,13 @@ RECIPES = {
     "cifar10": dict(CIFAR, dataset="cifar10"),
     "cifar100": dict(CIFAR, dataset="cifar100"),
     "imagenet100": dict(PAPER, batch_size=1024, epochs=200),                 # [S]
-    # linear evaluation, top-1 on ImageNet by the authors' README:            heads 4096/256
-    "imagenet": IMAGENET,                                                    # 68.5
-    "imagenet-200": dict(IMAGENET, epochs=200),                              # 70.5
-    "imagenet-800": dict(IMAGENET, epochs=800),                              # no number is known
-    #                                                                         heads 2048/128
-    "imagenet-paper": PAPER,                                                 # 68.1
-    "imagenet-paper-200": dict(PAPER, epochs=200),                           # 70.3
+    # Linear evaluation on ImageNet, top-1 [A]. [3] gives 74.7 as the paper's (number of crops not
+    # stated), and with 1 % and 10 % of the labels top-1 65.0 and 72.0, top-5 86.3 and 91.2.
+    "imagenet": IMAGENET,                                           # 68.5, heads 4096/256
+    "imagenet-200": dict(IMAGENET, epochs=200),                     # 70.5
+    "imagenet-800": dict(IMAGENET, epochs=800),                     # no number is known
+    "imagenet-paper": PAPER,                                        # 68.1, heads 2048/128
+    "imagenet-paper-200": dict(PAPER, epochs=200),                  # 70.3
     "imagenet-paper-800": dict(PAPER, epochs=800),                  # 72.2 (an earlier README)
 }
 # the authors have none of these
@@ -97,7 +100,7 @@ def info_nce(z, tau=0.1):
     Args: z (2, B, D) unit-norm outputs of head 1, float16 and bfloat16 become float32; tau > 0.
     Returns: scalar. All keys carry gradient.
     """
-    # differs from the released code: there the keys of other processes are constants
+    # differs from the released code: there, keys of other processes get no gradient
     B = z.shape[1]
     q = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, 1)  # (2B, D) [Z^1; Z^2]
     logits = (q @ q.T / tau).fill_diagonal_(float("-inf"))  # k != a
@@ -108,16 +111,16 @@ def sup_con(v, y, tau=0.1):
     """Supervised contrastive loss of one view and given labels (E4).
 
     Args: v (B, D) unit-norm outputs of head 2, float16 and bfloat16 become float32; y (B,) int64.
-    Returns: scalar, the mean over the rows that have a positive, 0 if none has. The gradient flows
-    to the anchors only.
+    Returns: scalar, the mean over the rows that have a positive, 0 if none has. Only the anchors
+    get a gradient.
     """
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     P = (y[:, None] == y).fill_diagonal_(False)  # (B, B) P(i)
     s = (v @ v.detach().T / tau).fill_diagonal_(float("-inf"))  # k != i
-    # differs from the released code: it exponentiates first, and overflows for tau below 0.0113
+    # differs from the released code: it takes exp first and overflows for tau below 0.0113
     log_p = s.log_softmax(1)
     rows = -log_p.masked_fill(~P, 0).sum(1) / P.sum(1).clamp(min=1)  # E4
-    # differs from the released code: a row without positive makes everything NaN there
+    # differs from the released code: there, a row without a positive makes the loss NaN
     return rows.sum() / P.any(1).sum().clamp(min=1)
 
 
@@ -125,7 +128,7 @@ def swapped(v, y, tau=0.1):
     """Weak loss with the labels exchanged between the views (E5).
 
     Args: v (2, B, D) unit-norm outputs of head 2; y (2, B) int64, the weak labels y^1, y^2.
-    Returns: scalar; the factor 1/2 is that of the released code.
+    Returns: scalar, with the released code's factor 1/2.
     """
     return (sup_con(v[0], y[1], tau) + sup_con(v[1], y[0], tau)) / 2  # E5
 
@@ -134,9 +137,9 @@ def multi_crop(zc, vc, Z, V, P, tau=0.1):
     """Small crops against the large views (E9, a reconstruction).
 
     Args: zc, vc (C, B, D) unit-norm outputs of the heads for C crops, with gradient; Z, V (2, B, D)
-    those of the large views, keys without gradient; P (2, B, B) bool, each row of P^1 and P^2
-    holding its own image.
-    Returns: L_cNCE, L_cK. A crop is never its own key, so nothing leaves the softmax.
+    outputs for the large views, the keys, without gradient; P (2, B, B) bool, P^1 and P^2, whose
+    diagonals are True.
+    Returns: L_cNCE, L_cK. A crop is never its own key, so the softmax is over all keys.
     """
     zc, vc, Z, V = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (zc, vc, Z, V))
     L_cNCE = L_cK = 0
@@ -154,23 +157,23 @@ def multi_crop(zc, vc, Z, V, P, tau=0.1):
 
 @torch.no_grad()
 def neighbours(V, k=1, block=2 ** 25):
-    """The k most similar other rows of each row (E2, E9); of ties the lowest index comes first.
+    """The k most similar other rows of each row (E2, E9); ties: lowest index first.
 
-    Ties are similarities within 16 eps of the best one left: those of equal rows differ by
-    rounding, and not alike for every shape of the product.
+    Similarities within 16 eps of the best remaining one are ties: rounding makes those of equal
+    rows differ, by an amount that depends on the shape of the matrix product.
 
-    Args: V (B, D) unit-norm, float16 and bfloat16 become float32, since in half precision nearly
-    all are ties; block: similarities at a time, so that memory does not grow with B^2.
+    Args: V (B, D) unit-norm, float16 and bfloat16 become float32, since half precision has too many
+    ties; block: similarities at a time, so that memory does not grow with B^2.
     Returns: (B, min(k, B - 1)) int64, most similar first.
     """
     V, B = V.to(torch.promote_types(V.dtype, torch.float32)), len(V)
     nearest, tie = [], 16 * torch.finfo(V.dtype).eps
     for rows in torch.arange(B, device=V.device).split(max(1, block // B)):
-        # j != i; differs from the released code: it subtracts 2, which ties with a cosine of -1
+        # j != i; differs from the released code: it subtracts 2, which can tie with a cosine of -1
         S = (V[rows] @ V.T).scatter_(1, rows[:, None], float("-inf"))
         columns = []
         for _ in range(min(k, B - 1)):
-            # differs from the released code: among equals top-k gives any, here it is the first
+            # differs from the released code: its top-k breaks ties arbitrarily
             best = S.amax(1, keepdim=True)
             columns.append((S >= best - tie).byte().argmax(1, keepdim=True))
             S.scatter_(1, columns[-1], float("-inf"))
@@ -181,25 +184,25 @@ def neighbours(V, k=1, block=2 ** 25):
 def components(n):
     """Connected components of the graph with the edges {i, n(i)} (E3).
 
-    Every node has one edge that leaves it, so a walk along n ends in the one cycle of its
-    component. Walks are doubled: after r rounds p = n^(2^r), and low is the smallest of the first
-    2^r nodes of the walk. There is no loop over nodes and no wait for the device.
+    Every node has one outgoing edge, so a walk along n ends in the only cycle of its component.
+    Walks are doubled: after r rounds p = n^(2^r), and low is the smallest of the first 2^r nodes of
+    the walk. There is no loop over nodes, and nothing waits for the device.
 
     Args: n (B,) int64.
-    Returns: (B,) int64, components numbered by first appearance: y_0 = 0, the next new one 1, ...
+    Returns: (B,) int64, components numbered in order of first appearance, from 0.
     """
     B = len(n)
     i = torch.arange(B, device=n.device)
     low, p = i, n
-    for _ in range(B.bit_length()):  # 2^r > B: every walk is in its cycle, and has gone around it
+    for _ in range(B.bit_length()):  # until 2^r > B: every walk has gone around its cycle
         low, p = torch.minimum(low, low[p]), p[p]
     root = low[p]  # (B,) the smallest node of the component's cycle
-    member = torch.full_like(n, B).scatter_reduce(0, root, i, "amin")[root]  # of the component
+    member = torch.full_like(n, B).scatter_reduce(0, root, i, "amin")[root]  # its smallest member
     return ((member == i).cumsum(0) - 1)[member]
 
 
 def weak_labels(V):
-    """Weak labels (B,) int64 of one view's features V (B, D), unit-norm: E2, E3."""
+    """Weak labels (B,) int64 from the unit-norm features V (B, D) of one view (E2, E3)."""
     return components(neighbours(V)[:, 0])
 
 
@@ -215,18 +218,18 @@ def crop_positives(V, y, args):
 
 
 class WCL(nn.Module):
-    """Encoder F and heads g, phi: views, (b, 3, S, S) each, to unit vectors z, v (V, b, D)."""
+    """Encoder F and heads g, phi. Maps V views (b, 3, S, S) to unit vectors z, v (V, b, D)."""
 
     def __init__(self, args):
         super().__init__()
         self.backbone = common.resnet(args.arch, args.stem)
         sizes = self.backbone.width, args.hidden, args.dim
         self.head1 = common.MLP3(*sizes)
-        # none without E5: unused, LARS would still shrink it (E7 with a gradient of exactly 0)
+        # without E5 no second head: LARS's weight decay would shrink it even without a gradient
         self.head2 = common.MLP3(*sizes) if args.beta > 0 else None
 
     def forward(self, *views):
-        """One call of the encoder a view: the statistics of BatchNorm are per view."""
+        """One call of the encoder for each view, so BatchNorm's statistics are per view."""
         h = [self.backbone(x) for x in views]  # (b, width) each
         return [None if head is None else torch.stack(
             [F.normalize(head(x).float(), dim=1) for x in h]) for head in (self.head1, self.head2)]
@@ -302,7 +305,7 @@ def train(args):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """Rate of a step (E8): a pure function of the step."""
+    """Learning rate of a step (E8): a pure function of the step."""
     base = args.lr * (args.batch_size ** 0.5 if args.lr_rule == "sqrt" else 1)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, base,
                                 args.warmup * steps_per_epoch)
@@ -312,18 +315,18 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 def report_recipe(args):
-    """Say which parts of a training are not the authors'."""
+    """Print which parts of this training are not the authors'."""
     if args.recipe in OWN:
         common.print_rank0(f"recipe {args.recipe}: values of this project, not a published setting "
                            "of WCL")
     if args.crops:
-        common.print_rank0("multi-crop: our reconstruction (E9), not confirmed by the paper or its "
-                           "code")
+        common.print_rank0("multi-crop: our reconstruction (E9), not checked against the paper or "
+                           "its code")
 
 
 @torch.no_grad()
 def pair_accuracy(z):
-    """top1, top5: percent of the 2B views of z (2, B, D) with their other view among the 1, 5 most
+    """top1, top5: percent of the 2B views of z (2, B, D) whose other view is among the 1 or 5 most
     similar rows."""
     B, q = z.shape[1], z.flatten(0, 1)
     S = (q @ q.T).fill_diagonal_(float("-inf"))
@@ -333,10 +336,10 @@ def pair_accuracy(z):
 
 
 def purity(y, t):
-    """Percent of the rows whose class t (B,) is the commonest of their group y (B,), both >= 0.
+    """Percent of the rows whose class t (B,) is the most common one in their group y (B,).
 
-    With the arguments exchanged it is completeness: rows in the group that holds most of their
-    class.
+    Ids are >= 0. purity(t, y) is completeness: the percent of the rows in the group that has
+    the most images of their class.
     """
     base = t.max() + 1
     pairs, count = torch.unique(y * base + t, return_counts=True)
@@ -345,22 +348,22 @@ def purity(y, t):
 
 
 def true_labels(data):
-    """Column --label of the training images (N,), None unless all have one of at least two."""
+    """Column --label of the training images (N,), or None if one is missing or all are equal."""
     label = data.train.column(data.args.label)
     return label if 0 <= label.min() < label.max() else None
 
 
 def label_quality(y, rows, data, step):
-    """What the weak labels y (2, B) of a batch are worth: a dict of floats, means over the views.
+    """How good the weak labels y (2, B) of a batch are: a dict of floats, means over the views.
 
-    Returns: components, their number; size, images in one; largest, percent of the batch. If all
-    training images have a label: purity and completeness in percent, and random, the purity of
-    random groups of the same sizes, drawn by the step. Purity falls as groups grow: only what lies
-    above `random` is information. Empty without y.
+    Returns: components, their number; size, images per component; largest, percent of the batch. If
+    all training images have a label: purity and completeness in percent, and random, the purity of
+    random groups of the same sizes. Purity falls as groups grow, so compare it with random. An
+    empty dict if y is None.
     """
     if y is None:
         return {}
-    y, label, B = y.cpu(), true_labels(data), len(rows)  # one copy: no count waits for the device
+    y, label, B = y.cpu(), true_labels(data), len(rows)  # one copy: no wait for each count
     quality = [dict(components=len(n), size=B / len(n), largest=100 * n.max().item() / B)
                for n in map(torch.bincount, y)]
     if label is not None:
@@ -374,9 +377,9 @@ def label_quality(y, rows, data, step):
 
 @torch.no_grad()
 def batch_graphs(model, data, aug, batches):
-    """Rows (B,) and weak labels (2, B) of the first batches, which are not trained on.
+    """Rows (B,) and weak labels (2, B) of the first batches, computed without training.
 
-    BatchNorm uses the batch, as in training; its running statistics stay as they are.
+    BatchNorm uses the batch, as in training; its running statistics do not change.
     """
     network = common.micro_batches(copy.deepcopy(model).train(), data.args)
     for batch in data.batches(0, min(batches, data.steps_per_epoch), aug):
@@ -387,7 +390,7 @@ def batch_graphs(model, data, aug, batches):
 
 
 def untrained_quality(model, data, aug, batches=8):
-    """Mean `label_quality` of the first batches with the present network, without training it."""
+    """Mean `label_quality` of the first batches with the network as it is."""
     if model.head2 is None:
         return {}
     quality = [label_quality(y, rows, data, step)
@@ -396,7 +399,7 @@ def untrained_quality(model, data, aug, batches=8):
 
 
 def summary_lines(log):
-    """Lines of the summary about the weak labels, before training and at its end (rank 0)."""
+    """Lines of the summary on the weak labels at the start and the end of training (rank 0)."""
     records = [r for r in log.records() if "components" in r] if common.rank() == 0 else []
     lines = []
     for name, r in zip(("untrained", "trained"), records[:1] + records[-1:]):
@@ -407,15 +410,15 @@ def summary_lines(log):
                           "completeness {completeness:.1f} %".format(**r))
     if records and records[-1]["largest"] > 90:
         lines.append(f"  warning      one component holds {records[-1]['largest']:.0f} % of a "
-                     "batch: such weak labels say nothing")
+                     "batch: such weak labels tell nothing")
     return lines
 
 
 def components_picture(model, data, aug, rows=8, columns=14):
-    """Save components.png: each row the images of one weak label of the first batch, from the
-    largest component to the smallest; a frame is green where the image has the commonest class.
+    """With --picture, save components.png: a row of images for each weak label of the first batch,
+    from the largest component to the smallest. Green frames: the row's most common class.
 
-    Only with --picture. Returns: lines for the summary.
+    Returns: lines for the summary.
     """
     args = data.args
     if not args.picture or common.should_stop():
@@ -443,7 +446,7 @@ def components_picture(model, data, aug, rows=8, columns=14):
                 text, right = f"{len(members)} images\nno two of one class", [None] * len(members)
         lines.append((text, [(image, good, "") for image, good in zip(x, right)]))
     title = (f"weak labels of one batch of {len(y)} images: {len(chosen)} of its {len(order)} "
-             f"components, from large to small; green: the commonest class; {common.source(args)}")
+             f"components, from large to small; green: most common class; {common.source(args)}")
     common.image_rows(path, title, lines, left=150, side=48)
     return [f"  components   {path}"]
 
@@ -452,10 +455,10 @@ def components_picture(model, data, aug, rows=8, columns=14):
 
 
 def check(args):
-    """BadInput for flags that cannot work, before anything is read."""
+    """Raise BadInput for flags that do not fit together, before any data are read."""
     if args.batch_size < 2:
         raise common.BadInput(f"--batch-size {args.batch_size}: WCL needs a global batch of at "
-                              "least 2, an image needs a neighbour")
+                              "least 2, so that every image has a neighbour")
     common.check_ranges(args, above=["tau", "alpha", "hidden", "dim", "crop_k"],
                         least=["beta", "gamma", "delta", "crops", "warmup", "weak_epochs"])
     if args.warmup >= args.epochs:
@@ -480,21 +483,20 @@ def main(argv=None):
     add("--beta", type=float, default=1.0, help="weight of L_swap (E6); 0: SimCLR")
     add("--hidden", type=int, default=4096, help="width of the two hidden layers of a head")
     add("--dim", type=int, default=256, help="D, width of the embeddings")
-    add("--warmup", type=int, default=10, help="epochs of linear warm-up of the rate (E8)")
+    add("--warmup", type=int, default=10, help="epochs of linear warm-up (E8)")
     add("--lr-rule", default="fixed", choices=["fixed", "sqrt"],
         help="base rate: --lr, or --lr times the square root of the global batch (E8)")
-    add("--lars-groups", default="name", choices=["name", "kind"], help="left out of LARS: tensors "
-        "with bn or bias in their name (the authors'), or all vectors")
-    add("--weak-epochs", type=int, help="first epochs with the weak augmentation (default: those "
-        "of the warm-up)")
-    add("--weak-crop", type=float, nargs=2, default=[0.2, 1.0], help="as --crop, while weak")
-    add("--weak-jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1],
-        help="as --jitter, while weak")
-    add("--crops", type=int, default=0, help="C, small crops an image (E9, a reconstruction; 0: "
-        "none, 6 to try it)")
+    add("--lars-groups", default="name", choices=["name", "kind"], help="what LARS leaves out: "
+        "tensors with bn or bias in their name (the authors'), or all vectors")
+    add("--weak-epochs", type=int, help="number of first epochs with the weak augmentation "
+        "(default: --warmup)")
+    add("--weak-crop", type=float, nargs=2, default=[0.2, 1.0], help="weak --crop")
+    add("--weak-jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1], help="weak --jitter")
+    add("--crops", type=int, default=0, help="C, small crops per image (E9, our reconstruction); "
+        "0: none")
     add("--crop-k", type=int, default=4, help="K neighbours that are positives of a crop (E9)")
     add("--crop-positives", default="neighbours", choices=["neighbours", "components"],
-        help="P of E9: K neighbours, or the weak label's component")
+        help="P of E9: the K neighbours, or the images of the same component")
     add("--gamma", type=float, default=1.0, help="weight of L_cNCE (E9)")
     add("--delta", type=float, default=1.0, help="weight of L_cK (E9)")
     add("--picture", action="store_true", help="save components.png: images by weak label")

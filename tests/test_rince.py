@@ -679,7 +679,7 @@ TINY = [*BASE, "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--
     (["--queue", "15"], ["--queue 15 holds less than the global batch of 16"]),
     (["--queue", "-1"], ["--queue -1"]),
     (["--threshold", "1.1"], ["--threshold [1.1]"]),
-    (["--threshold", "0.3", "0.4"], ["--threshold [0.3, 0.4]: must fall"]),
+    (["--threshold", "0.3", "0.4"], ["--threshold [0.3, 0.4]: must decrease"]),
     (["--threshold", "nan"], ["--threshold [nan]"]),
     (["--threshold", "0.5"], ["--threshold is not used without --similarity"]),
     (["--loss", "ce", "--tau-max", "0.5"], ["--tau-max is not used by --loss ce"]),
@@ -688,7 +688,7 @@ TINY = [*BASE, "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--
     (["--ranks", "label", "colour"], ["--ranks label colour: not nested", "column 1"]),
     (["--ranks", "coarse", "label"], ["--ranks coarse label: not nested"]),
     (["--ranks", "label", "label"], ["--ranks label label: no pair of classes has rank 2"]),
-    (["--ranks", "label", "coarse", "coarse"], ["no pair of classes has rank 3", "leave out coar"]),
+    (["--ranks", "label", "coarse", "coarse"], ["no pair of classes has rank 3", "remove coarse"]),
     (["--ranks", "coarse", "label", "--loss", "scl-superclass"], ["coarse label: not nested"]),
     (["--loss", "scl-superclass", "--ranks", "label"], ["scl-superclass needs a coarser column"]),
     (["--loss", "scl-out", "--rank2-positives", "cumulative"], ["cumulative does not go with"]),
@@ -718,9 +718,9 @@ def test_similarity_table(refused, tmp_path):
     wrong("class_a,class_b,similarity\ncat,dog,0.6\n", "lacks 1 classes: car")
     wrong(pairs.format("similarity", 0.6, 0.1) + "cow,dog,0.9\n", "the data lack, 1 classes: cow")
     wrong(pairs.format("similarity", 0.6, "high"), "class_a, class_b, similarity", "high")
-    wrong(pairs.format("similarity", 0.6, "nan"), "no square of numbers")
+    wrong(pairs.format("similarity", 0.6, "nan"), "not a square matrix of numbers")
     wrong(pairs.format("rank", 2, 1), "rank 1 is the class itself")
-    wrong(pairs.format("rank", 2, 2.5), "ranks of other classes are 2, 3, .. or 0")
+    wrong(pairs.format("rank", 2, 2.5), "ranks of other classes must be 2, 3, .. or 0")
     wrong(pairs.format("likeness", 2, 2), "similarity")
     wrong("", "lacks 3 classes: car, cat, dog")
     file.write_text(pairs.format("similarity", 0.39, 0.1))
@@ -732,9 +732,9 @@ def test_similarity_table(refused, tmp_path):
     refused(argv, "no pair of classes has rank 2")
     np.savez(tmp_path / "s.npz", classes=["cat", "dog", "car"], similarity=np.eye(2))
     argv[-1] = tmp_path / "s.npz"
-    refused(argv, tmp_path / "s.npz", "no square of numbers")
+    refused(argv, tmp_path / "s.npz", "not a square matrix of numbers")
     (tmp_path / "s.npz").write_bytes(b"no npz")
-    refused(argv, tmp_path / "s.npz", "no such npz")
+    refused(argv, tmp_path / "s.npz", "nor such an npz")
 
 
 def test_columns_without_label(refused, monkeypatch, rendered):
@@ -747,7 +747,7 @@ def test_columns_without_label(refused, monkeypatch, rendered):
     argv = [s for s in TINY if s not in ("--limit-train", "64")]
     refused(argv, "--ranks coarse: row 7 of the training set has no label")
     refused([*argv, "--loss", "scl-superclass"], "--ranks coarse: row 7")
-    refused([*argv, "--loss", "ce", "--ranks", "one"], "--ranks one: one class only")
+    refused([*argv, "--loss", "ce", "--ranks", "one"], "--ranks one: one class has no negatives")
     refused([*argv, "--ranks", "object", "--similarity", "c.csv"], "c.csv")
 
 
