@@ -1,0 +1,148 @@
+"""The benchmarks for a machine with a GPU work, here at toy sizes on a CPU."""
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import clinfonce
+import common
+
+sys.path.append(str(Path(__file__).parent / "bench"))  # last: it holds a cld.py of its own
+import gpu
+
+PARTS = {"data", "augmentation", "forward", "loss", "loss backward", "backward", "wait",
+         "optimizer", "rest"}
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """measure(part): exit status and rows of a part of gpu.py at toy size."""
+    before = torch.get_num_threads()
+
+    def run(part, *flags):
+        status = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--part", part, *flags])
+        path = tmp_path / f"{part}.json"
+        return status, json.loads(path.read_text())["rows"] if path.exists() else {}
+
+    yield run
+    torch.set_num_threads(before)
+
+
+def test_compare_finds_nothing_between_equal_runs(measure):
+    status, rows = measure("a")
+    assert status == 0 and {name.split()[0] for name in rows} == set(gpu.TINY)
+    for name, row in rows.items():
+        found = [row[k] for k in ("first_loss", "first_step", "losses", "weights")]
+        assert found == [0, 0, 0, 0] if "bf16" not in name else min(found) > 0
+
+
+def test_compare_finds_another_learning_rate(measure, monkeypatch):
+    monkeypatch.setattr(gpu, "TINY", {"clinfonce": gpu.TINY["clinfonce"]})
+    monkeypatch.setattr(gpu, "MODES", {"twice": ([], ["--lr", "0.01"], gpu.FLOAT32)})
+    status, rows = measure("a")
+    row = rows["clinfonce twice"]
+    assert (status, row["within"], row["first_loss"]) == (1, False, 0)
+    assert row["first_step"] == pytest.approx(1, abs=1e-5)  # twice as far
+    assert row["weights"] == pytest.approx(1, abs=0.3)
+
+
+def test_split(measure):
+    status, rows = measure("b")
+    assert status == 0
+    assert {*rows} == {f"{k} 32 px" for k in gpu.CIFAR} | {f"{k} 224 px" for k in gpu.FILES}
+    for name, row in rows.items():
+        shares = {k[:-2]: v for k, v in row.items() if k.endswith(" %")}
+        assert {*shares} == PARTS and min(shares.values()) > 0
+        assert sum(shares.values()) == pytest.approx(100)
+        assert row["loss_share"] == pytest.approx(shares["loss"] + shares["loss backward"])
+        batch = 16 if "32" in name else 8
+        assert row["images_per_s"] * row["step_ms"] / 1000 == pytest.approx(batch)
+
+
+@pytest.mark.parametrize("module, name, part", [
+    (common, "augment", "augmentation"), (clinfonce, "cl_infonce", "loss"),
+    (clinfonce.ClInfoNCE, "forward", "forward"), (torch.Tensor, "backward", "loss backward"),
+    (torch.optim.SGD, "step", "optimizer"), (common, "set_lr", "loss"),
+    (common.Log, "__call__", "rest"), (common.Data, "_plan", "data")])
+def test_split_gives_time_to_the_part_that_takes_it(module, name, part, measure, monkeypatch):
+    real = getattr(module, name)
+
+    def slow(*args, **kwargs):
+        time.sleep(0.1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(gpu, "FILES", {})
+    monkeypatch.setattr(gpu, "CIFAR", {"clinfonce": gpu.CIFAR["clinfonce"]})
+    monkeypatch.setattr(module, name, slow)
+    row = measure("b")[1]["clinfonce 32 px"]
+    assert row[f"{part} %"] / 100 * row["step_ms"] > 99
+
+
+def test_epoch(measure):
+    status, rows = measure("c")
+    assert status == 0 and {*rows} == {*gpu.CIFAR}
+    for row in rows.values():
+        assert (row["pixels"], row["images"]) == ("random", 64)
+        assert row["images_per_s"] * row["epoch_s"] == pytest.approx(64)
+
+
+def test_search_agrees_with_a_direct_computation(measure):
+    status, rows = measure("d")
+    assert status == 0
+    assert max(row["largest_error"] for row in rows.values()) < 1e-5
+    # 80 directions with noise in 20 groups: between the noise alone and one group for all
+    assert 0.2 < rows["K-means"]["objective"] < 0.95
+
+
+def test_search_finds_errors(measure, monkeypatch):
+    kmeans, knn_scores = clinfonce.kmeans_torch, common.knn_scores
+
+    def wrong_ids(x, k):
+        ids, c = kmeans(x, k)
+        return ids.roll(1), c
+
+    monkeypatch.setattr(clinfonce, "kmeans_torch", wrong_ids)
+    monkeypatch.setattr(common, "knn_scores", lambda query, *more: knn_scores(-query, *more))
+    assert min(row["largest_error"] for row in measure("d")[1].values()) > 0.1
+
+
+def test_waits(measure):
+    status, rows = measure("e")
+    assert status == 0 and {*rows} == {f"{name} pretended" for name in gpu.TINY}
+    for row in rows.values():
+        assert row["waits_per_step"] == pytest.approx(sum(row["lines"].values()))
+        # check_loss is the one place where each step waits
+        assert [n for line, n in row["lines"].items() if line.startswith("common.py")] == [1]
+
+
+def test_it_goes_on_with_the_missing_rows(measure, tmp_path, capsys):
+    assert measure("d", "--minutes", "0") == (1, {})
+    first = measure("d")[1]
+    path = tmp_path / "d.json"
+    record = json.loads(path.read_text())
+    del record["rows"]["kNN"]
+    path.write_text(json.dumps(record))
+    again = measure("d")[1]
+    assert again["K-means"] == first["K-means"] and {*again} == {*first}
+    assert again["kNN"]["wall_s"] != first["kNN"]["wall_s"]
+    assert "| kNN | 2000 | 32 |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_row_that_fails_does_not_end_the_run(measure, monkeypatch):
+    def fails(x, k):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(clinfonce, "kmeans_torch", fails)
+    status, rows = measure("d")
+    assert status == 1 and "no memory" in rows["K-means"]["error"] and "N" in rows["kNN"]
+
+
+@pytest.mark.parametrize("flags", [["--device", "cpu"], ["--device", "cuda"]])
+def test_results_of_a_gpu_are_only_of_a_gpu(flags, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(flags)
+    assert stop.value.code == 2
