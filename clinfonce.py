@@ -320,14 +320,10 @@ def auxiliary_ids(table, args):
 
 def _hierarchy_ids(table, args, name):
     """Ids (N,) int64: the group of each row's class, -1 for rows without a label."""
-    import json
-
+    tree = common.read_json(f"--hierarchy {args.hierarchy}", args.hierarchy)
     try:
-        with open(args.hierarchy) as file:
-            groups = hierarchy_groups(json.load(file), int(name.removeprefix("level_")))
-    except FileNotFoundError:
-        raise common.BadInput(f"--hierarchy {args.hierarchy}: not found") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        groups = hierarchy_groups(tree, int(name.removeprefix("level_")))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise common.BadInput(f"--hierarchy {args.hierarchy}: not a tree of LabelName, Level, "
                               f"Subcategory ({error!r})") from None
     if not (names := table.classes.get(args.label)):

@@ -15,10 +15,12 @@ S image size.
     python common.py --dataset shapes --picture views.png      # images beside their augmented views
 """
 import argparse
+import array
 import codecs
 import collections
 import contextlib
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -29,10 +31,11 @@ import re
 import resource
 import signal
 import sys
+import tarfile
 import time
 import urllib.parse
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,7 +328,131 @@ MEAN_STD = {  # channel mean and standard deviation; other data sets use ImageNe
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "captions": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+SKIPPED = re.compile(r"[.#$@]|__MACOSX$|lost\+found$", re.I)  # what systems and tools leave
+SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|eval|dev)"
+                   r"([-_ .]?(set|data|split|images|imgs))?[-_ .]?\d*", re.I)
+LAYOUT = ("; the layout is DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg (or test/), or "
+          "DIR/<class>/*.jpg without a split, and --data-dir names DIR")
+MEMBER = re.compile(r"(.+\.tar):(\d+):(\d+)", re.S)  # file in a tar archive: offset and size
+
+
+@contextlib.contextmanager
+def reading(name):
+    """Turn whatever a reader raises inside into one BadInput that names the file, and why."""
+    try:
+        yield
+    except (BadInput, RunFailed):
+        raise
+    except FileNotFoundError:
+        raise BadInput(f"{name} not found") from None
+    except Exception as error:  # csv, json, numpy, pandas, zipfile, tarfile raise many kinds
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:200]
+        raise BadInput(f"{name} cannot be read: {reason or type(error).__name__}") from None
+
+
+def encoding_of(path):
+    """Encoding of a text file: UTF-16 if it begins with its byte order mark, else UTF-8."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def read_text(name, path):
+    """Text of a file without its byte order mark; `name` names it in the BadInput."""
+    with reading(name):
+        return Path(path).read_text(encoding_of(path))
+
+
+def read_json(name, path):
+    """Value of a JSON file; `name` names it in the BadInput."""
+    with reading(name):
+        return json.loads(read_text(name, path))
+
+
+def read_names(flag, path, known):
+    """Sorted names that a file lists, one a line or all on one line; `known`: the names there are.
+
+    "n01558993<TAB>robin" is the name n01558993; blank lines and # lines are comments.
+    """
+    lines = read_text(f"{flag} {path}", path).splitlines()
+    wanted = [s.split("\t")[0].strip() for s in lines if s.strip() and s.strip()[0] != "#"]
+    if len(wanted) == 1 and wanted[0] not in known:  # ImageNet-100 of CMC: one line of 100
+        wanted = wanted[0].split()
+    if not wanted:
+        raise BadInput(f"{flag} {path} names no class")
+    return sorted(set(wanted))
+
+
+@functools.cache
+def image_endings():
+    """Endings of the image files that Pillow reads without help, such as ".png"."""
+    others = ("EPS", "WMF", "MPEG", "GRIB", "BUFR", "HDF5", "FITS")
+    return frozenset(ending for ending, name in Image.registered_extensions().items()
+                     if name in Image.OPEN and name not in others)
+
+
+def open_image(file):
+    """RGB image of PIL from a path, a path of `Members` or a binary file.
+
+    As torchvision does, it takes the first frame and ignores the orientation in EXIF. Of 16 bits
+    a channel it takes the upper 8.
+    Raises: what Pillow raises for a broken file; ValueError for 12 bits, 32 bits and fractions,
+    whose range is not known.
+    """
+    if isinstance(file, str) and (member := MEMBER.fullmatch(file)):
+        with open(member[1], "rb") as shard:
+            shard.seek(int(member[2]))
+            file = io.BytesIO(shard.read(int(member[3])))
+    image = Image.open(file)
+    twelve = 12 in getattr(image, "tag_v2", {}).get(258, ())  # of TIFF
+    if not twelve and (image.mode.startswith("I;16")
+                       or image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if twelve or image.mode[0] in "IF":
+        raise ValueError(f"{image.format} in mode {image.mode}; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+class Texts:
+    """A list of N texts in two arrays: 8 bytes a text beside its letters, which reader processes
+    share, as they do not count references."""
+
+    def __init__(self, texts):
+        data, ends = bytearray(), array.array("q", [0])
+        for text in texts:
+            data += text.encode(errors="surrogateescape")  # file names may be any bytes
+            ends.append(len(data))
+        self.data, self.ends = np.frombuffer(bytes(data), np.uint8), np.asarray(ends)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return self.data[self.ends[i]:self.ends[i + 1]].tobytes().decode(errors="surrogateescape")
+
+    def take(self, rows):
+        """Texts of the given rows."""
+        return Texts(self[i] for i in rows.tolist())
+
+
+class Members:
+    """Paths SHARD:OFFSET:SIZE of N files in tar archives, 16 bytes each; see `open_image`.
+
+    shards, the archives; which (N,) int32 of them, offset (N,) int64, size (N,) int32.
+    """
+
+    def __init__(self, shards, which, offset, size):
+        self.shards, self.where = shards, (which, offset, size)
+
+    def __len__(self):
+        return len(self.where[0])
+
+    def __getitem__(self, i):
+        which, offset, size = (x[i] for x in self.where)
+        return f"{self.shards[which]}:{offset}:{size}"
+
+    def take(self, rows):
+        """Members of the given rows."""
+        return Members(self.shards, *(x[rows.numpy()] for x in self.where))
 
 
 @dataclass(eq=False)
@@ -335,10 +462,12 @@ class Table:
     columns: dict  # name -> int64 (N,); `label` is the class, -1 = unlabelled
     classes: dict  # column name -> list of value names (a column of plain ids may have none)
     images: torch.Tensor = None  # uint8 (N, 3, H, W), or None when `paths` names the files
-    paths: list = None
-    captions: list = None  # N texts
+    paths: list = None  # list, Texts or Members
+    captions: list = None  # N texts; list or Texts
     index: torch.Tensor = None  # int64 (N,), number of the row in its source
     notes: list = ()  # texts for the log: what was dropped
+    source: str = "the data set"  # the file, for messages
+    refused: dict = field(default_factory=dict)  # column -> why it cannot be used
 
     def __post_init__(self):
         if self.index is None:
@@ -350,18 +479,61 @@ class Table:
 
     def column(self, name):
         """int64 (N,) of a column; BadInput that lists the columns if there is none."""
+        if name in self.refused:
+            raise BadInput(self.refused[name])
         if name not in self.columns:
-            raise BadInput(f"no column {name!r}; the data set has: {', '.join(self.columns)}")
+            raise BadInput(f"no column {name!r} in {self.source}; the data set has: "
+                           f"{', '.join(self.columns)}")
         return self.columns[name]
 
     def select(self, rows):
         """Table of the given rows (int64), in that order."""
         def rows_of(x):
-            return None if x is None else [x[i] for i in rows.tolist()]
+            return x.take(rows) if hasattr(x, "take") else x and [x[i] for i in rows.tolist()]
 
-        return Table({k: v[rows] for k, v in self.columns.items()}, self.classes,
-                     None if self.images is None else self.images[rows], rows_of(self.paths),
-                     rows_of(self.captions), self.index[rows], self.notes)
+        return dataclasses.replace(
+            self, columns={k: v[rows] for k, v in self.columns.items()},
+            images=None if self.images is None else self.images[rows],
+            paths=rows_of(self.paths), captions=rows_of(self.captions), index=self.index[rows])
+
+
+def ids_of(values):
+    """Ids (N,) int64 of N texts, and the sorted names: the distinct texts. "" is -1, unlabelled."""
+    names = sorted(set(values) - {""})
+    place = {name: i for i, name in enumerate(names)} | {"": -1}
+    return torch.tensor([place[v] for v in values], dtype=torch.int64), names
+
+
+def share_names(train, test):
+    """Number the named columns of both tables by the names of the training table.
+
+    `refused` then says which columns cannot be used: those with an id beyond the names, with names
+    in one table only, or with a value that the training table does not have.
+    """
+    for column in train.classes.keys() | test.classes.keys():
+        names, why = train.classes.get(column), None
+        place = {name: i for i, name in enumerate(names or ())}
+        for table in (train, test):
+            ids, own = table.columns.get(column), table.classes.get(column)
+            if ids is None:
+                continue
+            if own is None or names is None:
+                why = f"column {column} has names in one of {train.source} and {test.source} only"
+                break
+            # -2: not in the training table; the last entry is that of -1, unlabelled
+            new = torch.tensor([*(place.get(name, -2) for name in own), -1])
+            new = new[ids.clamp(min=-1).where(ids < len(own), torch.tensor(-1))]
+            beyond = ids >= len(own)
+            if len(bad := ((new == -2) | beyond).nonzero()):
+                row = int(bad[0])
+                value = int(ids[row]) if beyond[row] else own[ids[row]]
+                why = (f"{table.source}, row {int(table.index[row])}: class {value} of column "
+                       f"{column} " + ("has no name" if beyond[row] else
+                                       f"does not occur in the training file {train.source}"))
+                break
+            table.columns[column], table.classes[column] = new, names
+        if why:
+            train.refused[column] = test.refused[column] = why
 
 
 def balanced_rows(labels, n, seed):
@@ -402,7 +574,7 @@ def _cifar_tables(args):
     """Training and test table of `_cifar`, with the columns that the files have."""
     packs = [Path(args.data_dir) / f"{args.dataset}_{split}.npz" for split in ("train", "test")]
     if all(p.exists() for p in packs) and not args.download:
-        return tuple(npz_table(p) for p in packs)
+        return _packs(*packs)
     source = getattr(torchvision.datasets, args.dataset.upper())
     tables = []
     for split in ("train", "test"):
@@ -454,51 +626,59 @@ def npz_table(path, test=None):
     test: None = all rows; False / True = the rows with `is_test` 0 / 1.
     Errors: BadInput with the file and row for a broken image or images of unequal size.
     """
-    try:
+    with reading(f"npz pack {path}"):
         with np.load(path, allow_pickle=False) as pack:
             arrays = {k: pack[k] for k in pack.files}  # each access inflates the array: once
-    except FileNotFoundError:
-        raise BadInput(f"npz pack {path}: not found") from None
-    except Exception:  # numpy and zipfile raise many kinds for a truncated or foreign file
-        raise BadInput(f"npz pack {path}: unreadable (truncated, or no npz file?)") from None
-    for key in ("jpeg", "offsets"):
-        if key not in arrays:
-            raise BadInput(f"npz pack {path} has no array {key!r}; it has {', '.join(arrays)}")
-    jpeg, offsets = arrays.pop("jpeg"), arrays.pop("offsets")
-    n = len(offsets) - 1
-    rows = np.arange(n)
+        for key in ("jpeg", "offsets"):
+            if key not in arrays:
+                raise BadInput(f"npz pack {path} has no array {key!r}; it has {', '.join(arrays)}")
+        return _unpack(path, arrays, test)
+
+
+def _unpack(path, arrays, test):
+    jpeg, offsets, n = arrays.pop("jpeg"), arrays["offsets"], arrays["offsets"].size - 1
+    names = arrays.pop("attribute_names", np.empty(0, str)).tolist()
+    shapes = dict(offsets=(n + 1,), labels=(n,), coarse_labels=(n,), is_test=(n,),
+                  attributes=(n, len(names)))
+    arrays.setdefault("attributes", np.empty((n, 0), int))
+    for key in shapes.keys() & arrays.keys():
+        x = arrays[key]
+        if x.shape != shapes[key] or x.dtype.kind not in "iub" and key != "is_test":
+            raise BadInput(f"npz pack {path}: {key} is {x.dtype} {x.shape}; it takes integers of "
+                           f"shape {shapes[key]}, as there are {n} images")
+    arrays |= zip(names, arrays.pop("attributes").T)
+    rows, is_test = np.arange(n), arrays.pop("is_test", None)
     if test is not None:
-        if "is_test" not in arrays:
+        if is_test is None:
             raise BadInput(f"npz pack {path} has no array is_test; name a --test-file")
-        rows = rows[arrays["is_test"].astype(bool) == test]
+        rows = rows[is_test.astype(bool) == test]
     rename = {"labels": "label", "coarse_labels": "coarse"}
-    columns = {rename.get(key, key): torch.from_numpy(array[rows].astype(np.int64))
-               for key, array in arrays.items()
-               if key != "is_test" and array.shape == (n,) and array.dtype.kind in "iu"}
-    classes = {name: arrays[key].tolist() for name, key in dict(
-        label="classes", coarse="coarse_classes").items() if key in arrays}
-    attributes = arrays.get("attributes", np.empty((n, 0)))
-    names = arrays.get("attribute_names", np.empty(0, str)).tolist()
-    if attributes.shape != (n, len(names)):
-        raise BadInput(f"npz pack {path}: attributes is {attributes.shape} for {n} images and "
-                       f"{len(names)} attribute_names")
-    for j, name in enumerate(names):
-        columns[name] = torch.from_numpy(attributes[rows, j].astype(np.int64))
-        classes[name] = [str(v) for v in arrays.get(f"values_{name}", [])]
+    columns = {rename.get(key, key): torch.from_numpy(x[rows].astype(np.int64))
+               for key, x in arrays.items() if x.shape == (n,) and x.dtype.kind in "iub"}
+    keys = dict({c: f"values_{c}" for c in columns}, label="classes", coarse="coarse_classes")
+    classes = {c: [*map(str, arrays[key].tolist())] for c, key in keys.items() if key in arrays}
     images = []
     for row in rows:
         try:
-            data = io.BytesIO(jpeg[offsets[row]:offsets[row + 1]].tobytes())
-            images.append(np.asarray(Image.open(data).convert("RGB")))
-        except OSError:
-            raise BadInput(f"npz pack {path}: image {row} cannot be decoded") from None
+            image = open_image(io.BytesIO(jpeg[offsets[row]:offsets[row + 1]].tobytes()))
+        except Exception as error:  # Pillow raises many kinds
+            raise BadInput(f"npz pack {path}: image {row} cannot be decoded: {error}") from None
+        images.append(np.asarray(image))
         if images[-1].shape != images[0].shape:
             raise BadInput(f"npz pack {path}: image {row} is {images[-1].shape[:2]}, the first "
                            f"{images[0].shape[:2]}; a pack holds images of one size")
     if not images:
         raise BadInput(f"npz pack {path} has no rows for this split")
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Table(columns, classes, images, index=torch.from_numpy(rows))
+    return Table(columns, classes, images, index=torch.from_numpy(rows), source=str(path))
+
+
+def _packs(train, test):
+    """Two packs; names that only one of them has are those of both."""
+    tables = npz_table(train), npz_table(test)
+    for table, other in zip(tables, tables[::-1]):
+        table.classes = {**other.classes, **table.classes}
+    return tables
 
 
 def _npz(args):
@@ -507,7 +687,82 @@ def _npz(args):
     train = Path(args.data_dir) / args.train_file
     if args.test_file is None:
         return npz_table(train, test=False), npz_table(train, test=True)
-    return npz_table(train), npz_table(Path(args.data_dir) / args.test_file)
+    return _packs(train, Path(args.data_dir) / args.test_file)
+
+
+def _entries(folder, skipped):
+    """The entries of a folder in order, without the hidden ones, which `skipped` counts."""
+    with reading(folder):
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        if SKIPPED.match(entry.name):
+            skipped["hidden"] += 1
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            raise BadInput(f"{entry.path} is a link to nothing: repair or remove it")
+        else:
+            yield entry
+
+
+def list_images(folder, skipped):
+    """Paths of the images below a folder, in order. As in torchvision, it follows linked folders.
+
+    skipped: Counter of what was passed over, hidden entries and endings, for `skipped_notes`.
+    """
+    paths, real = [], os.path.realpath(folder) + os.sep
+    for entry in _entries(folder, skipped):
+        ending = os.path.splitext(entry.name)[1].lower()
+        if entry.is_dir():
+            if not real.startswith(os.path.realpath(entry.path) + os.sep):  # a link to a parent
+                paths += list_images(entry.path, skipped)
+        elif ending in image_endings():
+            paths.append(entry.path)
+        else:
+            skipped[ending or "files without ending"] += 1
+    return paths
+
+
+def skipped_notes(folder, skipped):
+    """The note on what `list_images` passed over, as a list."""
+    text = ", ".join(f"{n} {name}" for name, n in sorted(skipped.items()))
+    return [f"{folder}: passed over {text}"] if text else []
+
+
+def class_folders(folder, skipped=None):
+    """Sorted names of the folders in a folder; `skipped` counts the files beside them."""
+    skipped = collections.Counter() if skipped is None else skipped
+    entries = [*_entries(folder, skipped)]
+    names = [entry.name for entry in entries if entry.is_dir()]
+    skipped["files beside the class folders"] += (len(entries) - len(names)) * bool(names)
+    return names
+
+
+def folder_table(folder, names, skipped, held_out=None):
+    """Table of the images in the class folders `names`, or in the folder itself if there are none.
+
+    held_out: None = all images; True / False = every fifth image of a class / the others.
+    Errors: BadInput if a class folder has no image, or looks like a folder of class folders.
+    """
+    paths, labels = [], []
+    for name in names or ["."]:
+        images = list_images(folder / name, skipped)
+        below = {os.path.relpath(p, folder / name).split(os.sep)[0] for p in images}
+        inner = [b for b in below if SPLIT.fullmatch(b)] or [
+            b for b in below if len(names) == 1 and not os.path.splitext(b)[1]]
+        if inner:
+            raise BadInput(f"{folder / name} holds the folder {inner[0]}/, so {name} is no class"
+                           f"{LAYOUT}")
+        if not images:
+            raise BadInput(f"folder {folder / name} has no image")
+        images = [p for i, p in enumerate(images) if held_out in (None, i % 5 == 4)]
+        paths += images
+        labels += [name if names else "unlabelled"] * len(images)
+    if not paths:
+        raise BadInput(f"{folder}: every fifth image of a class is held out, and no class has "
+                       "five; add images, or a folder train/ and a folder val/")
+    ids, values = ids_of(labels)
+    skipped += collections.Counter()  # drops the zeros
+    return Table(dict(label=ids), dict(label=values), paths=paths, source=str(folder),
+                 notes=skipped_notes(folder, skipped))
 
 
 def _folder(args):
@@ -515,121 +770,135 @@ def _folder(args):
 
     Without DIR/train, DIR itself holds the class folders (or unlabelled images), and every fifth
     image of a class is held out. --classes FILE names the class folders to use, one on each line
-    or all on one line.
+    or all on one line. Hidden files and those that Pillow does not read are counted in a note.
     """
-    root = Path(args.data_dir)
+    root, skipped = Path(args.data_dir), collections.Counter()
     if not root.is_dir():
         raise BadInput(f"--data-dir {root}: no such folder")
-    base = root / "train" if (root / "train").is_dir() else root
-    names = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
+    parts = class_folders(root)
+    base = root / "train" if "train" in parts else root
+    names = class_folders(base, skipped)
     if args.classes:
-        try:
-            lines = Path(args.classes).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", "not a text file")
-            raise BadInput(f"--classes {args.classes}: {reason}") from None
-        # "n01558993<TAB>robin" names the folder first; blank lines and # lines are comments
-        wanted = [s.split("\t")[0].strip() for s in lines if s.strip() and s.strip()[0] != "#"]
-        if len(wanted) == 1 and wanted[0] not in names:  # ImageNet-100 of CMC: one line of 100
-            wanted = wanted[0].split()
+        wanted = read_names("--classes", args.classes, names)
         if missing := sorted(set(wanted) - set(names)):
             raise BadInput(f"--classes {args.classes}: no folder in {base} for {missing[:3]}")
-        names = sorted(set(wanted))
-        if not names:
-            raise BadInput(f"--classes {args.classes} names no class")
-
-    def table(folder, held_out):
-        paths, labels = [], []
-        for c, name in enumerate(names or ["."]):
-            if not (folder / name).is_dir():
-                raise BadInput(f"class folder {folder / name} is missing")
-            images = sorted(p for p in (folder / name).rglob("*")
-                            if p.suffix.lower() in IMAGE_ENDINGS)
-            if not images:
-                raise BadInput(f"folder {folder / name} has no image")
-            images = [p for i, p in enumerate(images) if held_out in (None, i % 5 == 4)]
-            paths += [str(p) for p in images]
-            labels += [c] * len(images)
-        if not paths:
-            raise BadInput(f"{folder}: every fifth image of a class is held out, and no class has "
-                           "five; add images, or a folder train/ and a folder val/")
-        return Table(dict(label=torch.tensor(labels)), dict(label=names or ["unlabelled"]),
-                     paths=paths)
-
+        names = wanted
     if base == root:
-        return table(root, False), table(root, True)
-    for test in (root / "val", root / "test"):
-        if test.is_dir():
-            return table(base, None), table(test, None)
-    raise BadInput(f"{root} has train/ but neither val/ nor test/")
+        if splits := [name for name in names if SPLIT.fullmatch(name)]:
+            raise BadInput(f"{root} holds {splits[0]}/ and no train/{LAYOUT}")
+        train = folder_table(root, names, skipped, False)
+        return train, dataclasses.replace(folder_table(root, names, skipped, True), notes=[])
+    test = next((root / name for name in ("val", "test") if name in parts), None)
+    if test is None:
+        raise BadInput(f"{root} has train/ but neither val/ nor test/")
+    train, skipped = folder_table(base, names, skipped), collections.Counter()
+    found = class_folders(test, skipped)
+    if names and not set(names) & set(found):
+        raise BadInput(f"{test} has no class folder of {base} (TinyImageNet and the validation "
+                       "images of ILSVRC as they are unpacked): move each image into the folder "
+                       f"of its class{LAYOUT}")
+    for name in names:
+        if name not in found:
+            raise BadInput(f"class folder {test / name} is missing")
+    return train, folder_table(test, names if args.classes else found, skipped)
+
+
+def read_rows(source):
+    """The column names of a CSV, TSV or Parquet file, then its rows: lists of texts, one by one.
+
+    A tab in the first line makes it TSV, in which quotes are letters.
+    Errors: BadInput with the line of a row that has more or fewer fields than there are columns.
+    """
+    with reading(source), open(source, newline="", encoding=encoding_of(source)) as file:
+        with open(source, "rb") as start:
+            if start.read(4) == b"PAR1":
+                import pandas
+
+                frame = pandas.read_parquet(source)
+                yield [*frame.columns]
+                for row in frame.itertuples(index=False, name=None):
+                    yield ["" if value is None else str(value) for value in row]
+                return
+        tab = "\t" in file.readline()
+        file.seek(0)
+        reader = csv.reader(file, delimiter="\t" if tab else ",", strict=True,
+                            quoting=csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL,
+                            skipinitialspace=not tab)
+        names = None
+        for row in filter(None, reader):
+            if names is None:
+                row = names = [name.strip() for name in row]
+                if twice := [n for i, n in enumerate(names) if n and n in names[:i]]:
+                    raise BadInput(f"{source} has two columns named {twice[0]!r}")
+            if len(row) != len(names) or any(
+                    v.strip() for n, v in zip(names[1:], row[1:]) if not n):
+                raise BadInput(f"{source}, line {reader.line_num}: {len(row)} fields for the "
+                               f"columns {', '.join(names)}; a comma in a field needs quotes")
+            yield row
+        if names is None:
+            raise BadInput(f"{source} cannot be read: it is empty")
 
 
 def _csv(args):
-    """Images named in a CSV; the classes of the training file number those of both files."""
+    """Images named in a CSV."""
     root = Path(args.data_dir)
-    train = csv_table(root, args.train_file or "meta_data_train.csv", None)
-    return train, csv_table(root, args.test_file or "meta_data_val.csv", train.classes["label"])
+    return (csv_table(root, args.train_file or "meta_data_train.csv"),
+            csv_table(root, args.test_file or "meta_data_val.csv"))
 
 
-def csv_table(root, file, class_names):
+def csv_table(root, file):
     """Read one CSV into a Table of paths.
 
     An unnamed first column is the row's index; the summary row (index -1) is dropped. `class`
-    becomes `label`, its place in `class_names` (None: the sorted values of this file). Integer
-    columns keep their numbers; text columns become ids with names.
+    becomes `label`, the place in its sorted values. Integer columns keep their numbers; text
+    columns become ids with names; an empty field is -1, unlabelled.
     Errors: BadInput naming the file and row or column.
     """
-    import pandas as pd
-
     source = root / file
-    try:
-        frame = pd.read_csv(source, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except FileNotFoundError:
-        raise BadInput(f"CSV file {source} not found; it is --train-file or --test-file below "
-                       "--data-dir") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BadInput(f"CSV file {source} cannot be read: {error}") from None
+    names, *rows = read_rows(source)
     for name in ("path", "class"):
-        if name not in frame:
-            raise BadInput(f"{source} has no column {name!r}; it has: {', '.join(frame.columns)}")
-    index = pd.Series(map(str, range(len(frame))), dtype=str)
-    if frame.columns[0].startswith("Unnamed") or frame.columns[0] == "index":
-        index = frame.iloc[:, 0].str.strip()
-    frame, index = (x[index != "-1"].reset_index(drop=True) for x in (frame, index))
-    if not len(frame):
-        raise BadInput(f"{source} has no row of an image")
-    integer = r"-?\d{1,18}(\.0+)?"  # more digits do not fit into int64
-    if not (whole := index.str.fullmatch(integer)).all():
-        raise BadInput(f"{source}: index {index[(~whole).idxmax()]!r} is not an integer")
-    columns, classes = {}, {}
-    for name in (c for c in frame.columns if c != "path" and not c.startswith("Unnamed")):
-        text = frame[name].str.strip()
-        whole = text.str.fullmatch(integer)
-        if whole.all():
-            columns[name] = torch.tensor([int(v.split(".")[0]) for v in text])
-        elif name.startswith("label_gran") or whole.any():
-            row = (~whole).idxmax()
-            raise BadInput(f"{source}, row {index[row]}, column {name}: {text[row]!r} is not an "
-                           "integer")
-        else:
-            classes[name] = sorted(text.unique())
-            columns[name] = torch.tensor([classes[name].index(v) for v in text])
-    values = columns["class"].tolist()
-    if "class" in classes:
-        values = [classes["class"][i] for i in values]
-    classes["label"] = class_names or [str(v) for v in sorted(set(values))]
-    place = {v: i for i, v in enumerate(classes["label"])}
-    if unknown := [v for v in values if str(v) not in place]:
-        raise BadInput(f"{source}: class {unknown[0]!r} does not occur in the training file")
-    if "label" in columns:
+        if name not in names:
+            raise BadInput(f"{source} has no column {name!r}; it has: {', '.join(names)}")
+    if "label" in names:
         raise BadInput(f"{source}: a column named label would be lost; `class` becomes label")
-    columns["label"] = torch.tensor([place[str(v)] for v in values])
-    paths = [_inside(root, p, source, i) for p, i in zip(frame["path"], index, strict=True)]
-    lost = [name for name, path in zip(frame["path"], paths) if path is None]
-    table = Table(columns, classes, paths=paths,
+    index, named = map(str, range(len(rows))), names[0] not in ("", "index", "Unnamed: 0")
+    if not named:
+        rows = [row for row in rows if row[0].strip() != "-1"]
+        index = [row[0].strip() for row in rows]
+    if not rows:
+        raise BadInput(f"{source} has no row of an image")
+    index, columns, classes = [*index], {}, {}
+    if strange := [v for v in index if not INTEGER.fullmatch(v)]:
+        raise BadInput(f"{source}: index {strange[0]!r} is not an integer")
+    fields = dict(zip(names, ([v.strip() for v in column] for column in zip(*rows))))
+    for name in names:
+        if name in ("", "path") or name == names[0] and not named:
+            continue
+        values = fields[name]
+        texts = [i for i, v in enumerate(values) if v and not INTEGER.fullmatch(v)]
+        if not texts:
+            columns[name] = torch.tensor([int(v.split(".")[0]) if v else -1 for v in values])
+        elif name.startswith("label_gran") or len(texts) < sum(map(bool, values)):
+            raise BadInput(f"{source}, row {index[texts[0]]}, column {name}: "
+                           f"{values[texts[0]]!r} is not an integer")
+        else:
+            columns[name], classes[name] = ids_of(values)
+    columns["label"], classes["label"] = columns["class"], classes.get("class")
+    if "class" not in classes:  # numbers: they are the names
+        ids = columns["class"].unique()
+        ids = ids[ids >= 0]
+        classes["label"] = [str(v) for v in ids.tolist()]
+        columns["label"] = torch.searchsorted(ids, columns["class"]).where(
+            columns["class"] >= 0, torch.tensor(-1))
+    paths = [_inside(root, p, source, i) for p, i in zip(fields["path"], index, strict=True)]
+    lost = [name for name, path in zip(fields["path"], paths) if path is None]
+    table = Table(columns, classes, paths=paths, source=str(source),
                   index=torch.tensor([int(i.split(".")[0]) for i in index]),
                   notes=_dropped(source, lost, len(paths), "images are missing", root))
     return table.select(torch.tensor([i for i, path in enumerate(paths) if path is not None]))
+
+
+INTEGER = re.compile(r"-?\d{1,18}(\.0+)?")  # more digits do not fit into int64
 
 
 def _dropped(source, lost, n, what, folder):
@@ -650,76 +919,202 @@ def _captions(args):
     return captions_table(args.data_dir, args.train_file, args.image_root[0]), test
 
 
+def caption_files(source):
+    """The files that a --train-file names: one, a0 to a9 for a{0..9}, or all .tar of a folder."""
+    files, braces = [source], re.search(r"\{(\d+)\.\.(\d+)\}", str(source))
+    if source.is_dir():
+        files = sorted(source.glob("*.tar"))
+    elif braces:
+        first, last = braces.groups()
+        files = [Path(str(source).replace(braces[0], f"{i:0{len(first)}}"))
+                 for i in range(int(first), int(last) + 1)]
+    if missing := [file for file in files or [source / "*.tar"] if not file.is_file()]:
+        raise BadInput(f"caption file {missing[0]} not found")
+    return files
+
+
 def captions_table(root, file, image_root=""):
     """Read image-caption pairs into a Table of paths: one row for each caption.
 
     JSON: a list of {"image": path, "caption": text or list of texts, "image_id": any, optional};
-    CSV or TSV: columns image (or filepath, path), caption (or title), image_id (optional). Paths
-    are below root/image_root. Column `image_id`: ids from 0 in order of first appearance, of the
-    path if there is no image_id. `label` is -1. Pairs without image or text are dropped.
+    CSV, TSV or Parquet: columns image (or filepath, path), caption (or title), image_id
+    (optional), or what img2dataset writes beside its folders of files; .tar: see `shard_table`.
+    The content tells which. Paths are below root/image_root. Column `image_id`: ids from 0 in order
+    of first appearance, of the path if there is no image_id. `label` is -1. Pairs without image or
+    text are dropped.
     Errors: BadInput naming the file, the entry (from 0) and the key, or if it drops over 1 %.
     """
-    source, folder = Path(root) / file, Path(root) / image_root
-    ids, path_of, rows, lost = {}, {}, [], []
-    for i, entry in enumerate(_caption_entries(source)):
-        def bad(text, i=i):
-            return BadInput(f"{source}, entry {i}: {text}")
-        if not isinstance(entry, dict):
-            raise bad(f"is a {type(entry).__name__}, not an object with image and caption")
-        for key in ("image", "caption"):
-            if key not in entry:
-                raise bad(f"has no key {key!r}; it has: {', '.join(map(str, entry))}")
-        name, texts, key = entry["image"], entry["caption"], entry.get("image_id", entry["image"])
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(name, str):
-            raise bad("image is not a path")
-        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-            raise bad("caption is neither a text nor a list of texts")
-        if not texts:
-            raise bad(f"image {name} has no caption")
-        if isinstance(key, (dict, list)):
-            raise bad("image_id is no number or text")
-        if path_of.setdefault(key, (name, i))[0] != name:
-            raise bad(f"image_id {key!r} is {name}, but in entry {path_of[key][1]} it is "
-                      f"{path_of[key][0]}")
-        path = _inside(folder, name, source, i)
-        for text in texts:
-            if path is None or not text.strip():
-                lost.append(f"entry {i} ({name}: {'no such file' if path is None else 'empty'})")
-            else:
-                rows.append((path, text, ids.setdefault(key, len(ids))))
-    notes = _dropped(source, lost, len(lost) + len(rows), "captions dropped", folder)
+    sources, folder = caption_files(Path(root) / file), Path(root) / image_root
+    if sources[0].suffix.lower() == ".tar":
+        return shard_table(sources)
+    ids, of_id, of_path, rows, lost = {}, {}, {}, [], []
+    for source in sources:
+        for i, (name, texts, image_id) in enumerate(_caption_entries(source)):
+            if (path := _inside(folder, name, source, i)) is not None:
+                key = path if image_id is None else str(image_id)
+                record, number = (key, path, source, i), ids.setdefault(key, len(ids))
+                for a, b, *where in (of_id.setdefault(key, record),
+                                     of_path.setdefault(path, record)):
+                    if (a, b) != (key, path):
+                        raise BadInput(f"{source}, entry {i}: image_id {key} is {path}, but "
+                                       f"image_id {a} is {b} in {where[0]}, entry {where[1]}")
+            for text in texts:
+                reason = "no such file" if path is None else _caption_fault(text)
+                if reason:
+                    lost.append(f"entry {i} ({name}: {reason})")
+                else:
+                    rows.append((path, text, number))
+    notes = _dropped(sources[0], lost, len(lost) + len(rows), "captions dropped", folder)
     if not rows:
-        raise BadInput(f"{source} has no entry")
+        raise BadInput(f"{sources[0]} has no entry")
     paths, captions, image_ids = zip(*rows, strict=True)
     columns = dict(label=torch.full((len(rows),), -1), image_id=torch.tensor(image_ids))
-    return Table(columns, {}, paths=[*paths], captions=[*captions], notes=notes)
+    return Table(columns, {}, paths=Texts(paths), captions=Texts(captions), notes=notes,
+                 source=str(sources[0]))
+
+
+def _caption_fault(text):
+    """Why a caption cannot be used, or None."""
+    if not text.strip():
+        return "empty"
+    return "no Unicode" if re.search("[\ud800-\udfff]", text) else None
+
+
+COCO = ("; COCO's own files (images, annotations) are not read as they are: write a list with one "
+        '{"image": file_name, "caption": text, "image_id": id} for each of the annotations')
 
 
 def _caption_entries(source):
-    """The entries of a caption file as dicts, unchecked."""
-    try:
-        with open(source, newline="", encoding="utf-8") as file:
-            if source.suffix == ".json":
-                entries = json.load(file)
-                if not isinstance(entries, list):
-                    raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list")
-                return entries
-            reader = csv.DictReader(file, delimiter="," if source.suffix == ".csv" else "\t")
-            names = {"filepath": "image", "path": "image", "title": "caption"}
-            return [{names.get(k, k): v for k, v in row.items() if k and v is not None}
-                    for row in reader]
-    except FileNotFoundError:
-        raise BadInput(f"caption file {source} not found") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise BadInput(f"caption file {source} cannot be read: {error}") from None
+    """(path, list of texts, image_id or None) of every entry of a caption file."""
+    with reading(f"caption file {source}"), open(source, encoding=encoding_of(source),
+                                                 errors="replace") as file:
+        start = file.read(100).lstrip()[:1]
+    if start in ("[", "{"):
+        entries = read_json(f"caption file {source}", source)
+        if not isinstance(entries, list):
+            raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list"
+                           f"{COCO if isinstance(entries, dict) else ''}")
+    else:
+        entries = _caption_rows(source)
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise BadInput(f"{source}, entry {i} is a {type(entry).__name__}, not an object with "
+                           "image and caption")
+        texts = [entry.get("caption")] if isinstance(entry.get("caption"), str) else \
+            entry.get("caption")
+        if not isinstance(entry.get("image"), str) or not isinstance(texts, list) or not texts \
+                or not all(isinstance(text, str) for text in texts) \
+                or isinstance(entry.get("image_id"), (dict, list)):
+            raise BadInput(f"{source}, entry {i} needs 'image', a path, and 'caption', a text or a "
+                           f"list of texts; it is {str(entry)[:150]}")
+        yield entry["image"], texts, entry.get("image_id")
+
+
+def _caption_rows(source):
+    """The rows of a table as the entries of a JSON file."""
+    names, *aliases = None, ("image", "filepath", "path"), ("caption", "title")
+    for row in read_rows(source):
+        if names is None:
+            names = row
+            image, caption = (next((a for a in alias if a in names), None) for alias in aliases)
+            files = os.path.abspath(source.with_suffix("")) if "key" in names else None
+            if caption is None or image is None and files is None:
+                raise BadInput(f"{source} needs columns image and caption; it has: "
+                               f"{', '.join(names)[:200]}")
+            continue
+        entry = dict(zip(names, row))
+        if image is None:  # img2dataset: 00000.parquet beside the folder 00000
+            if entry.get("status", "success") != "success":  # not downloaded
+                continue
+            name = f"{files}/{entry['key']}."
+            entry["image"] = name + next((e for e in ("png", "webp") if os.path.exists(name + e)),
+                                         "jpg")
+        yield dict(image=entry[image or "image"].strip(), caption=entry[caption],
+                   image_id=entry.get("image_id") or None)
+
+
+def shard_table(shards):
+    """Table of the pairs in tar archives as img2dataset writes them (WebDataset): each has an
+    image, a .txt or else the `caption` of a .json, under one name with several endings.
+
+    Nothing is unpacked: `paths` says where each image lies (see `Members`). The headers of an
+    archive are read once; SHARD.tar.index.npz beside it keeps what they say while its size and
+    time stay the same. The processes share the shards.
+    """
+    for shard in progress(shards[rank()::world()], desc="indexing shards", delay=5):
+        with contextlib.suppress(BadInput):  # for all processes below
+            shard_index(shard)
+    if world() > 1:
+        dist.barrier()
+    parts = [shard_index(shard) for shard in shards]
+    counts = [len(part["offset"]) for part in parts]
+    lost = [f"{shard}: {text}" for shard, part in zip(shards, parts) for text in part["lost"]]
+    notes = _dropped(shards[0].parent, lost, sum(counts) + len(lost), "pairs left out", "shards")
+    if not (n := sum(counts)):
+        raise BadInput(f"{shards[0]} holds no image with a caption")
+    captions = Texts(())
+    captions.data = np.concatenate([part["text"] for part in parts])
+    captions.ends = np.cumsum(np.concatenate([[0], *(part["length"] for part in parts)]))
+    which = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
+    paths = Members(shards, which, *(np.concatenate([part[k] for part in parts])
+                                     for k in ("offset", "size")))
+    return Table(dict(label=torch.full((n,), -1), image_id=torch.arange(n)), {}, paths=paths,
+                 captions=captions, notes=notes, source=str(shards[0]))
+
+
+def shard_index(shard):
+    """Arrays of one shard: offset and size of the images, text (UTF-8 bytes) and length of the
+    captions, `lost`: texts on what was left out, stamp: size and time of the shard."""
+    cache, about = Path(f"{shard}.index.npz"), os.stat(shard)
+    stamp = np.array([about.st_size, about.st_mtime_ns])
+    with contextlib.suppress(Exception), np.load(cache) as known:  # absent, broken: written anew
+        if np.array_equal(known["stamp"], stamp):
+            return dict(known)
+    members, offset, size, texts, lost = {}, [], [], [], []
+    with reading(f"shard {shard}"), open(shard, "rb") as file:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, name = os.path.split(member.name)
+                    name, _, ending = name.partition(".")
+                    members.setdefault(os.path.join(folder, name), {}).setdefault(
+                        f".{ending.lower()}", (member.offset_data, member.size))
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):
+                raise ValueError(f"no header and no end at byte {tar.offset}; truncated?")
+
+        def content(place):
+            file.seek(place[0])
+            return file.read(place[1]).decode("utf-8-sig")
+
+        for name, of in members.items():
+            place = next((of[ending] for ending in of if ending in image_endings()), None)
+            try:
+                text = content(of[".txt"]) if ".txt" in of else json.loads(
+                    content(of[".json"]))["caption"] if ".json" in of else ""
+                fault = "no image" if place is None else _caption_fault(text)
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                fault = f"its caption cannot be read ({error!r})"
+            if fault:
+                lost.append(f"{name}: {fault}")
+            else:
+                offset.append(place[0])
+                size.append(place[1])
+                texts.append(text.encode())
+    arrays = dict(offset=np.array(offset, np.int64), size=np.array(size, np.int32), stamp=stamp,
+                  text=np.frombuffer(b"".join(texts), np.uint8), lost=np.array(lost, str),
+                  length=np.array([len(text) for text in texts], np.int32))
+    with contextlib.suppress(RunFailed):  # a folder that nobody may write to
+        atomic_write(cache, lambda file: np.savez(file, **arrays))
+    return arrays
 
 
 def _inside(root, path, source, row):
     """The path below root, literal or percent-decoded (UT-Zappos has %2E); None if absent."""
-    for name in (path, urllib.parse.unquote(path)):
+    for name in dict.fromkeys((path, urllib.parse.unquote(path))):
         full = os.path.normpath(os.path.join(root, name))
-        if os.path.isabs(name) or os.path.relpath(full, root).split(os.sep)[0] == "..":
+        if not any(os.path.join(real(full), "").startswith(os.path.join(real(root), ""))
+                   for real in (os.path.abspath, os.path.realpath)):
             raise BadInput(f"{source}, row {row}: path {path!r} leaves the data folder {root}")
         if os.path.isfile(full):
             return full
@@ -747,6 +1142,7 @@ def label_columns(args, name, tables, flag="--label"):
 def load(args, device):
     """Read --dataset into a `Data`."""
     train, test = SOURCES[args.dataset](args)
+    share_names(train, test)
     labels = label_columns(args, args.label, (train, test))[0]
     if args.limit_train is not None:
         train = train.select(balanced_rows(labels, args.limit_train, args.seed))
@@ -878,8 +1274,8 @@ class _Files:
         items = []
         for row, transform in tasks:
             try:
-                image = Image.open(self.paths[row]).convert("RGB")
-            except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
+                image = open_image(self.paths[row])
+            except Exception:  # Pillow raises many kinds for broken files
                 return self.paths[row]
             items.append(transform(image))
         return [torch.from_numpy(np.stack(part)) for part in zip(*items)]

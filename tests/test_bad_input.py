@@ -146,7 +146,7 @@ def test_only_the_first_process_of_a_machine_speaks(capsys, monkeypatch):
     ("stl10-full", ["--dataset stl10-full", "--download"]),
     ("folder", ["--data-dir", "no such folder"]),
     ("csv", ["meta_data_train.csv not found"]),
-    ("npz", ["p.npz: not found"]),
+    ("npz", ["p.npz not found"]),
 ])
 def test_wrong_data_dir(refused, tmp_path, dataset, words):
     refused([*FILES, "--dataset", dataset, "--data-dir", tmp_path / "nowhere", "--train-file",
@@ -188,7 +188,7 @@ def test_class_list(refused, folder):
     root, argv = folder
     names = root / "list.txt"
     argv = [*argv, "--classes", names]
-    refused(argv, "--classes", names, "No such file")
+    refused(argv, "--classes", names, "not found")
     names.write_text("cat\nbird\n")
     refused(argv, "--classes", names, "no folder in", "'bird'")
     names.write_text("# nothing but a comment\n")
@@ -225,7 +225,7 @@ def test_csv_columns(refused, table):
     refused([*table(), "--clusters", "level_12"], "'label_gran_level_12'", "class, label_gran_3")
 
 
-@pytest.mark.parametrize("cell", ["", "NaN", "1.5", "cat", "9" * 30])
+@pytest.mark.parametrize("cell", ["NaN", "1.5", "cat", "9" * 30])
 def test_csv_id_that_is_no_integer(refused, table, cell):
     for place, name in ((2, "class"), (3, "label_gran_3")):
         refused(table({(4, place): cell}), CSV, "row 44", f"column {name}", repr(cell))
@@ -258,8 +258,8 @@ def test_csv_summary_row_without_an_index_column(refused, table):
 
 
 def test_csv_unreadable(refused, table, tmp_path):
-    refused(table(tail="52,too,many,cells,here,and,here\n"), CSV, "cannot be read")
-    refused(table(tail="52,i/0003.png\n"), CSV, "row 52", "column class")
+    refused(table(tail="52,too,many,cells,here,and,here\n"), CSV, "line 14", "7 fields")
+    refused(table(tail="52,i/0003.png\n"), CSV, "line 14", "2 fields")
     argv = table()
     (argv[-1] / CSV).write_text("")
     refused(argv, CSV, "cannot be read")
@@ -304,7 +304,7 @@ def test_npz_file_that_is_broken(refused, pack, tmp_path):
     for broken in (whole[:len(whole) // 2], whole[:-10], b"", b"no pack at all" * 9,
                    whole[:middle] + bytes(64) + whole[middle + 64:]):
         path.write_bytes(broken)
-        refused(argv, f"npz pack {path}", "unreadable")
+        refused(argv, f"npz pack {path} cannot be read")
     file = io.BytesIO()
     np.save(file, np.zeros(3))
     path.write_bytes(file.getvalue())
@@ -358,6 +358,97 @@ def test_test_set_without_labels_trains_without_knn(pack, tmp_path):
     clinfonce.main([*map(str, argv), "--out", str(tmp_path / "run")])
     records = [json.loads(s) for s in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [r["knn_top1"] for r in records if r.get("knn_top1") is not None] == []
+
+
+# ---------------------------------------------------------------------------------- readers
+
+
+@pytest.mark.parametrize(("cells", "header", "tail", "words"), [
+    ({}, ",path,class,label_gran_3,", "", ["line 2", "4 fields", "comma in a field"]),
+    ({(4, 3): "1,"}, ",path,class,label_gran_3", "", ["line 6", "5 fields"]),
+    ({(4, 1): "i/a,b.png"}, ",path,class,label_gran_3", "", ["line 6", "5 fields"]),
+    ({}, "path,class,label_gran_3", "", ["line 2", "4 fields", "path, class, label_gran_3"]),
+    ({(i, 3): f"{i},x" for i in range(12)}, ",path,class,label_gran_3,", "", ["line 2"]),
+    ({(4, 1): '"i/0004.png'}, ",path,class,label_gran_3", "", ["unexpected end of data"]),
+    ({(4, 1): '"i"/0004.png'}, ",path,class,label_gran_3", "", ["cannot be read"]),
+    ({}, ",path,class,class", "", ["two columns named 'class'"]),
+])
+def test_csv_fields_are_counted(refused, table, cells, header, tail, words):
+    refused(table(cells, header, tail), CSV, *words)
+
+
+@pytest.mark.parametrize(("train", "test", "words"), [
+    ("ab", "ac", ["v.csv", "row 1", "class c of column kind", "t.csv", "training file"]),
+    ("ab", "12", ["column kind has names", "t.csv", "v.csv"]),
+    ("12", "ab", ["column kind has names", "t.csv", "v.csv"]),
+])
+@pytest.mark.parametrize("flag", ["--label", "--clusters"])
+def test_csv_column_that_means_other_things_in_the_test_file(refused, tmp_path, train, test, words,
+                                                            flag):
+    write_folder(tmp_path, {"i": 12})
+    for name, values in (("t.csv", train), ("v.csv", test)):
+        (tmp_path / name).write_text("path,class,kind\n" + "".join(
+            f"i/{i:04}.png,1,{values[i % 2]}\n" for i in range(12)))
+    argv = [*FILES, "--dataset", "csv", "--data-dir", tmp_path, "--train-file", "t.csv",
+            "--test-file", "v.csv"]
+    refused([*argv, flag, "kind"], *words)
+    common.load(common.Parser("x", "", {"demo": {}}).parse_args(  # unused, it is no harm
+        [str(a) for a in argv if a not in ("--clusters", "instance")]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (dict(labels=np.arange(12) % 2 + 0.0), ["labels is float64 (12,)", "integers", "(12,)"]),
+    (dict(labels=(np.arange(12) % 2)[:, None]), ["labels is int64 (12, 1)", "(12,)"]),
+    (dict(labels=np.array([*"ab"] * 6, object)), ["cannot be read: Object arrays"]),
+    (dict(labels=np.arange(12), classes=np.array([*"abc"])), ["row 4: class 4", "no name"]),
+    (dict(is_test=np.arange(5)), ["is_test is int64 (5,)"]),
+    (dict(attributes=np.ones((12, 1)), attribute_names=np.array(["a"])), ["attributes is float64"]),
+])
+def test_npz_arrays_of_another_kind(refused, pack, tmp_path, change, words):
+    refused(pack(**change), tmp_path / "p.npz", *words)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.astype(float), lambda x: x[:, None],
+                                    lambda x: x.astype(object)])
+def test_npz_offsets_of_another_kind(refused, pack, tmp_path, change):
+    refused(pack(lambda c: c.update(offsets=change(c["offsets"]))), tmp_path / "p.npz")
+
+
+@pytest.mark.parametrize(("counts", "words"), [
+    ({"Train/cat": 5, "Test/cat": 5}, ["Test/ and no train/", "DIR/train/<class>"]),
+    ({"training/cat": 5, "validation/cat": 5}, ["training/ and no train/"]),
+    ({"train2017": 5, "val2017": 5}, ["train2017/ and no train/"]),
+    ({"images/cat": 5, "images/dog": 5}, ["images holds the folder"]),
+    ({"set/train/cat": 5, "set/val/cat": 5}, ["set holds the folder train/"]),
+    ({"set/train/cat": 5, "set/val/cat": 5, "more/dog": 5}, ["set holds the folder train/"]),
+    ({"cat": 5, "dog": 5, "val/cat": 5}, ["val/ and no train/"]),
+    ({"cat": 5, "dog": 5, "test/dog": 5}, ["test/ and no train/"]),
+    ({"cat/train": 5, "cat/test": 5, "dog/train": 5}, ["cat holds the folder t"]),
+    ({"train/cat": 8, "Test/cat": 5}, ["neither val/ nor test/"]),
+    ({"train/n1/images": 8, "train/n2/images": 8, "val/images": 5},
+     ["val has no class folder", "TinyImageNet"]),
+    ({"train/n1": 8, "train/n2": 8, "val": 5}, ["val has no class folder", "ILSVRC"]),
+    ({"train/cat": 8, "val/cat": 2, "val/bird": 2}, ["class bird", "val", "training file"]),
+])
+def test_folder_of_another_layout(refused, tmp_path, counts, words):
+    root = write_folder(tmp_path / "tree", counts)
+    refused([*FILES, "--dataset", "folder", "--data-dir", root], root, *words)
+
+
+@pytest.mark.parametrize("place", ["train", "train/cow", "train/cat/x.png"])
+def test_link_to_nothing(refused, folder, place):
+    root, argv = folder
+    if place == "train":
+        (root / "train").rename(root / "old")
+    (root / place).symlink_to(root / "gone")
+    refused(argv, root / place, "link to nothing")
+
+
+def test_deeply_nested_json(refused, folder):
+    root, argv = folder
+    (root / "tree.json").write_text("[" * 10 ** 6)
+    refused([*argv, "--clusters", "level_1", "--hierarchy", root / "tree.json"], "tree.json",
+            "recursion")
 
 
 # ---------------------------------------------------------------------------------- failures

@@ -228,6 +228,60 @@ def test_folder_without_train_holds_out_every_fifth_image_of_a_class(tmp_path):
     assert column(data.train) == [0] * 9 + [1] * 5
 
 
+@pytest.mark.parametrize("kind", ["train", "class", "image"])
+def test_folder_follows_links(tmp_path, kind):
+    root = write_folder(tmp_path / "tree", COUNTS)
+    place = root / dict(train="train", image="train/cat/0000.png")[kind] if kind != "class" else \
+        root / "train/cat"
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    (root / "train/dog/again").symlink_to(root / "train")  # a loop: the parent is not read twice
+    data = read("--dataset", "folder", "--data-dir", root)
+    assert numbers(data, data.train) == [8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_folder_passes_over_what_is_hidden_and_says_so(tmp_path):
+    root = write_folder(tmp_path, COUNTS)
+    for name in (".ipynb_checkpoints/a.png", "cat/.thumbnails/a.png", "cat/._0000.png",
+                 "@eaDir/a.png", "cat/@eaDir/a.png", "__MACOSX/a.png", "loose.png"):
+        write_image(root / "train" / name, 99)
+    (root / "train/cat/boxes.txt").write_text("1 2 3 4")
+    data = read("--dataset", "folder", "--data-dir", root)
+    assert column(data.train) == [0] * 4 + [1] * 5 + [2] * 3
+    assert data.train.notes == [f"{root}/train: passed over 1 .txt, 1 files beside the class "
+                                "folders, 6 hidden"]
+    assert data.test.notes == []
+
+
+def test_all_endings_that_pillow_reads(tmp_path):
+    for i, ending in enumerate(("pgm", "gif", "jfif", "PNG", "jp2", "tga", "ico")):
+        write_image(tmp_path / f"train/cat/{i}.{ending}", i)
+    write_image(tmp_path / "val/cat/0.pbm", 7)
+    data = read("--dataset", "folder", "--data-dir", tmp_path)
+    assert numbers(data, data.train) == [0, 1, 2, 3, 4, 5, 6] and numbers(data, data.test) == [7]
+
+
+GRAY = (np.arange(32 * 32).reshape(32, 32) % 256).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("x.png", GRAY.astype(np.uint16) << 8 | 7), ("x.tif", GRAY.astype(np.uint16) << 8 | 200),
+    ("x.png", GRAY), ("x.tif", np.stack([GRAY] * 3, 2)), ("x.tif", GRAY > 100)])
+def test_images_of_16_bits_are_scaled(tmp_path, name, values):
+    Image.fromarray(values).save(tmp_path / name)
+    expected = 255 * values if values.dtype == bool else GRAY if values.ndim == 2 else values
+    image = common.open_image(str(tmp_path / name))
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image)[:, :, 1], expected if
+                                                  expected.ndim == 2 else expected[:, :, 1])
+
+
+@pytest.mark.parametrize("values", [GRAY.astype(np.int32) * 9000, GRAY / np.float32(255)])
+def test_images_without_a_known_range_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="TIFF in mode [IF]; save it with 8 or 16 bits"):
+        common.open_image(tmp_path / "x.tif")
+
+
 def test_flat_folder_of_unlabelled_images_trains_without_knn(tmp_path, capsys):
     write_folder(tmp_path / "images", {".": 20})
     clinfonce.main(["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--out",
@@ -306,6 +360,61 @@ def test_csv_of_ones_own(tmp_path):
     assert numbers(data, data.train) == [0, 1]
 
 
+def write_csvs(root, train, test, encoding="utf-8"):
+    for name, text in (("meta_data_train.csv", train), ("meta_data_val.csv", test)):
+        (root / name).write_text(text, encoding=encoding)
+    return read("--dataset", "csv", "--data-dir", root, "--batch-size", 2)
+
+
+def test_names_are_those_of_the_training_file(tmp_path):
+    write_folder(tmp_path, {"a": 6})
+    data = write_csvs(
+        tmp_path, "path,class,kind,level,note\na/0000.png,cat,x,7,p\na/0001.png,dog,y,5,q\n"
+        "a/0002.png,ape,x,7,r\n",
+        "path,class,kind,level,note\na/0003.png,dog,y,5,s\na/0004.png,ape,y,7,t\n")
+    assert (column(data.train), column(data.test)) == ([1, 2, 0], [2, 0])
+    assert (column(data.train, "kind"), column(data.test, "kind")) == ([0, 1, 0], [1, 1])
+    assert (column(data.train, "level"), column(data.test, "level")) == ([7, 5, 7], [5, 7])
+    assert data.test.classes["kind"] == ["x", "y"]
+    for table in (data.train, data.test):
+        with pytest.raises(common.BadInput, match="class s of column note does not occur"):
+            table.column("note")
+
+
+@pytest.mark.parametrize("known", ["3", "cat"])
+def test_class_that_is_empty_or_minus_1_is_unlabelled(tmp_path, known):
+    write_folder(tmp_path, {"a": 5})
+    empty = "-1" if known == "3" else ""
+    data = write_csvs(tmp_path, f"path,class,k\na/0000.png,{known},1\na/0001.png,{empty},\n"
+                      "a/0002.png,,-1\n", f"path,class,k\na/0003.png,,2\na/0004.png,{known},1\n")
+    assert (column(data.train), column(data.test)) == ([0, -1, -1], [-1, 0])
+    assert data.train.classes["label"] == [known]
+    assert column(data.train, "k") == [1, -1, -1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks(tmp_path, encoding):
+    write_folder(tmp_path, {"cat": 9, "dog": 9})
+    text = "path,class\ncat/0000.png,1\ncat/0001.png,1\n"
+    assert len(write_csvs(tmp_path, text, text, encoding).train) == 2
+    (tmp_path / "list.txt").write_text("dog\n", encoding=encoding)
+    data = read("--dataset", "folder", "--data-dir", tmp_path, "--classes", tmp_path / "list.txt")
+    assert data.train.classes["label"] == ["dog"]
+    for name, text in (("c.json", '[{"image": "cat/0000.png", "caption": "a"}]'),
+                       ("c.csv", "image,caption\ncat/0000.png,a\n")):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        assert list(common.captions_table(tmp_path, name).captions) == ["a"]
+
+
+def test_absolute_paths_inside_the_data_folder(tmp_path):
+    root = write_folder(tmp_path / "tree", {"a": 2})
+    (tmp_path / "link").symlink_to(root)
+    for base, written in ((root, root), (tmp_path / "link", root), (root, tmp_path / "link")):
+        text = "path,class\n" + "".join(f"{written}/a/{i:04}.png,{i}\n" for i in range(2))
+        data = write_csvs(base, text, text)
+        assert numbers(data, data.train) == [0, 1]
+
+
 def numbered_csv(folder, n, missing):
     """n rows of which `missing` have no file; the file of row i is image i."""
     for i in range(n):
@@ -363,6 +472,86 @@ def test_npz_pack(tmp_path):
     data = read("--dataset", "npz", "--data-dir", tmp_path, "--train-file", "p.npz",
                 "--test-file", "p.npz", "--label", "colour")
     assert number(data.train.images).tolist() == number(data.test.images).tolist() == [*range(5)]
+
+
+@pytest.mark.parametrize("split", ["files", "is_test"])
+def test_packs_whose_names_are_in_another_order(tmp_path, split):
+    """The ids of the test pack become places in the names of the training pack."""
+    def pack(name, labels, classes, colours, values):
+        write_pack(tmp_path / name, [image(i) for i in range(len(labels))],
+                   labels=np.array(labels), classes=np.array(classes),
+                   attributes=np.array(colours)[:, None], attribute_names=np.array(["colour"]),
+                   values_colour=np.array(values))
+    pack("a.npz", [0, 1, -1], ["cat", "dog"], [0, 1, 2], [*"rgb"])
+    pack("b.npz", [0, 2, -1], ["dog", "cow", "cat"], [0, 1, 0], [*"gr"])
+    data = read("--dataset", "npz", "--data-dir", tmp_path, "--train-file", "a.npz", "--test-file",
+                "b.npz", "--batch-size", 2)
+    assert column(data.test) == [1, 0, -1] and data.test.classes["label"] == ["cat", "dog"]
+    assert column(data.test, "colour") == [1, 0, 1]
+    assert column(data.train) == [0, 1, -1] and column(data.train, "colour") == [0, 1, 2]
+
+
+def test_labels_may_be_very_large(tmp_path):
+    """kNN and retrieval number the labels; tables of 10^12 entries would not fit."""
+    labels, g = torch.tensor([5, 10 ** 12, -1, 3])[torch.arange(40) % 4], torch.Generator()
+    x = F.normalize(torch.randn(40, 8, generator=g.manual_seed(0)), dim=1)
+    small = torch.tensor([1, 2, -1, 0])[torch.arange(40) % 4]
+    args, known = flags("--knn-k", 3), labels >= 0
+    assert common.knn_top1(x[:9], labels[:9].clamp(min=3), x[known], labels[known], args) == \
+        common.knn_top1(x[:9], small[:9].clamp(min=0), x[known], small[known], args)
+    assert common.retrieval(x[known], labels[known]) == common.retrieval(x[known], small[known])
+
+
+# ---------------------------------------------------------------------------------- captions
+
+
+@pytest.mark.parametrize("name", ["c.tsv", "captions.txt", "c.CSV"])
+def test_text_of_captions_is_kept(tmp_path, name):
+    """Quotes are letters in TSV; in CSV they hold commas. The first line tells which it is."""
+    write_folder(tmp_path, {".": 4})
+    texts = ['"Hello, he said', 'a "red" cat, sitting', '"quoted"', "'s' caption"]
+    tab = name == "c.tsv"
+    rows = [f"{i:04}.png\t{t}" if tab else '{:04}.png,"{}"'.format(i, t.replace('"', '""'))
+            for i, t in enumerate(texts)]
+    (tmp_path / name).write_text("\n".join(["image\tcaption" if tab else "image,caption", *rows]))
+    table = common.captions_table(tmp_path, name)
+    assert list(table.captions) == texts and column(table, "image_id") == [0, 1, 2, 3]
+
+
+def test_the_columns_image_and_caption_go_before_their_other_names(tmp_path):
+    write_folder(tmp_path, {".": 2})
+    (tmp_path / "c.csv").write_text("title,path,caption,filepath,image\nno,x,yes,y,0001.png\n")
+    table = common.captions_table(tmp_path, "c.csv")
+    assert list(table.captions) == ["yes"] and list(table.paths) == [str(tmp_path / "0001.png")]
+
+
+@pytest.mark.parametrize(("entries", "ids"), [
+    ([("0000.png", 7), ("0000.png", "7"), ("0001.png", 8)], [0, 0, 1]),
+    ([("0000.png", None), ("./0000.png", None), ("x/../0000.png", None), ("0001.png", None)],
+     [0, 0, 0, 1])])
+def test_one_image_has_one_id(tmp_path, entries, ids):
+    write_folder(tmp_path, {".": 2, "x": 1})
+    (tmp_path / "C.JSON").write_text(json.dumps(
+        [dict(image=image, caption="a", image_id=key) for image, key in entries]))
+    assert column(common.captions_table(tmp_path, "C.JSON"), "image_id") == ids
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ('{"images": [], "annotations": []}', "COCO's own files .* one .*image.*file_name"),
+    ('[{"image": "0000.png", "caption": "a", "image_id": 1}, {"image": "0000.png", "caption": "b", '
+     '"image_id": 2}]', "entry 1.*entry 0"),
+    ('[{"image": "0000.png", "caption": "\\ud83d cat"}]', "entry 0 .0000.png: no Unicode"),
+    ("[" * 10 ** 6, " cannot be read: .*recursion"),
+    ("image,caption\n0000.png,a, b\n", "line 2: 3 fields for the columns image, caption"),
+    ("image\tcaption\n0000.png\n", "line 2: 1 fields"),
+    ("url,caption\nhttp://x,a\n", "needs columns image and caption; it has: url, caption"),
+    ("", "empty"),
+])
+def test_caption_files_that_cannot_be_used(tmp_path, text, words):
+    write_folder(tmp_path, {".": 2})
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(common.BadInput, match=f"(?s)c.json.*{words}"):
+        common.captions_table(tmp_path, "c.json")
 
 
 # ---------------------------------------------------------------------------------- rows
