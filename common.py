@@ -745,7 +745,7 @@ def folder_table(folder, names, skipped, held_out=None):
     paths, labels = [], []
     for name in names or ["."]:
         images = list_images(folder / name, skipped)
-        below = {os.path.relpath(p, folder / name).split(os.sep)[0] for p in images}
+        below = sorted({os.path.relpath(p, folder / name).split(os.sep)[0] for p in images})
         inner = [b for b in below if SPLIT.fullmatch(b)] or [
             b for b in below if len(names) == 1 and not os.path.splitext(b)[1]]
         if inner:
