@@ -4,34 +4,36 @@ Guo, Xu, Zhao, Zhang, Yang, ICML 2024, arXiv 2404.04575), FastCLIP (Wei et al., 
 with CLIP (2103.00020), CyCLIP (2205.14459), VICReg (2105.04906) and SigLIP (2303.15343).
 
 An image is compared with all other texts of the DATA SET, and a text with all other images. One
-number per anchor, u, estimates its denominator over time, so a small batch does not mean few
-negatives. The labels E1 to E27 are those of this project: the papers' own could not be checked.
+number per anchor, u, is a moving average of its denominator, so small batches suffice.
+The labels E1 to E27 are this project's, as few of the papers' numbers could be found. FastCLIP has
+E6 as Eq. (1), E7 as Eq. (2), lines 6 and 7 of Algorithm 1, and the symbols g, u, gamma, tau, eps and
+rho [T]. iSogCLR has rho in Eq. (6) [A]. [T] is the paper itself, [A] its authors' code or README.
 
     x_i, t_i unit features of pair i, S_ij = x_i . t_j, d_i = S_ii; B pairs; sg = stop-gradient
     CLIP     L = 1/2 [ CE(S/tau) + CE(S^T/tau) ] (E1); CyCLIP adds symmetry (E2); VICReg (E3)
     SogCLR   D_ij = S_ij - d_i, z = sg(D/tau) (E4); b <- max(b, max_j z_ij) (E5)
              g_i = mean_{j != i} e^{z_ij} (E6); u <- (1 - gamma) u + gamma g_i (E7, logs E10)
              w_ij = e^{z_ij} / (u_i + eps e^b_i) (E8, E11); L = mean_i mean_j w_ij D_ij (E9),
-             plus the same for texts: the gradient is that of tau log u, the value is not
+             plus the same for texts. L has the gradient of tau log u, but not its value.
     iSogCLR  tau_i per sample: G_i = log u_i + rho - mean_j w_ij z_ij (E12),
              v <- (1 - beta) v + beta clamp(G, -5, 5) (E13), tau <- clamp(tau - eta v) (E14)
+             (LibAUC [A] writes s for u, u for v, beta_0 for gamma, beta_1 for beta, and no clamp)
     TempNet  tau = f(feature) (E15 to E19), trained by sg(G) tau; v2: DRO on positives (E20)
     onlineCLR: one global average (E21, E22)
     hybrid   a bank of features as further negatives (E23a), decorrelation (E23b), difficulty (E23c)
     InfoSogCLR: u + 1/(N - 1), the pair itself counts (E27); MINE (E24, E25) mixed in (E26)
-    FastCLIP v3: eps + u, one learnable tau; v1 = sogclr, v2 = isogclr with --gamma-schedule cosine
+    FastCLIP v3 (RGCL-g [T]): eps + u, one learnable tau; with --gamma-schedule cosine sogclr is v1
+             (GCL [T]), isogclr v2 (RGCL [T])
 
-Labels used:  none; images and captions.
+Labels used:  none, but images need captions.
 State kept:   the network; per image and per caption, float32: log u, and b where eps e^b is the
-              floor; tau and v (sogclr-dro, isogclr, isogclr-v2); a feature (hybrid). 2.9 M pairs:
-              46 MB, with tau and v 93 MB; 400 M pairs: 6.4 or 12.8 GB in every process; hybrid at
-              D = 512: 1.6 TB.
+              floor; tau and v (sogclr-dro, isogclr, isogclr-v2); a feature (hybrid). 400 M pairs
+              in every process: 6.4 GB, with tau and v 12.8 GB; hybrid at D = 512 1.6 TB.
 Shapes:       N_I, N_T images and captions of the data set, B global batch, b rows of this process,
               D feature width. A loss sees one direction of the whole batch, S (B, B).
-Memory:       every process holds B x B matrices: forward and backward of sogclr took 32 MiB at
-              B = 1,024 and 1.6 GiB at 8,192 (measured, CPU, D = 128), that is 6.5 matrices of
-              float32; at 32,768 that makes 26 GiB (by arithmetic). But these losses exist so that
-              B can be small.
+Memory:       every process holds about 6.5 B x B matrices of float32: 32 MiB at B = 1,024 and
+              1.6 GiB at 8,192 (sogclr forward and backward, measured on a CPU, D = 128), 26 GiB at
+              32,768 (computed).
 
     torchrun --standalone --nproc_per_node=2 sogclr_clip.py                  # demo on 2 CPU cores
     torchrun --standalone --nproc_per_node=2 sogclr_clip.py --loss clip --out runs/clip
@@ -42,8 +44,8 @@ Memory:       every process holds B x B matrices: forward and backward of sogclr
     python sogclr_clip.py --evaluate runs/sogclr_clip-demo-seed0/checkpoint.pt
     python sogclr_clip.py --evaluate openclip:ViT-B-32/openai --dataset captions --test-file F.json
 Measured: demo 158 CPU seconds in two processes, mean recall 0.8 -> 77.5 %, zero-shot 4.2 -> 85.9 %
-of 24 classes (synthetic); flickr8k 115 to 190 CPU seconds, 1.1 GB, results in the README. The GPU
-recipes were not run yet.
+of 24 classes (synthetic); flickr8k 115 to 190 CPU seconds, 1.1 GB. The results are in
+results/README.md. The GPU recipes have not been run yet.
 """
 import argparse
 import copy
@@ -63,12 +65,14 @@ import common
 
 # ---------------------------------------------------------------------------------- recipes
 
-# [V] read in the authors' code, [F] an argument file of a course that used it, [R] recalled from
-# the literature, [K] chosen for this project
+# [V] the authors' code, [A] their scripts, README or library, [T] a figure of the paper,
+# [F] an argument file of a course that used their code, [K] chosen for this project
 BASE = dict(  # [K], crop [V]; no colour jitter: captions name colours
     optimizer="adamw", weight_decay=0.1, schedule="cosine", crop=[0.5, 1.0], jitter=[0, 0, 0, 0],
     gray=0.0, knn_every=1)
-CC3M = dict(  # [V] clip.py; towers: see README, the original had ResNet-50 and DistilBERT
+# ImageNet zero-shot after CC3M in TempNet's README, mean of 3 seeds [A]: CLIP 36.27, CyCLIP 36.75,
+# SogCLR 37.46, iSogCLR 40.72, TempNet 42.28. results/README.md has more published results.
+CC3M = dict(  # [V] clip.py; there the towers are ResNet-50 and DistilBERT
     BASE, dataset="captions", train_file="clip_train/cc3m_train_new.json",
     test_file="clip_train/coco_val_new.json", image_root=["cc3m", "coco"], model="RN50",
     image_size=256, epochs=30, batch_size=512, lr=2e-4, weight_decay=0.02, schedule="authors",
@@ -77,7 +81,7 @@ RECIPES = {
     "demo": dict(  # built-in synthetic shapes
         BASE, dataset="shapes", model="tiny-resnet", epochs=20, batch_size=128, lr=2e-3,
         warmup=60, tau=0.05, mask_repeats=True),
-    "flickr8k": dict(  # every image 20 times = every caption 4 times
+    "flickr8k": dict(  # shows every image 20 times and every caption 4 times
         BASE, dataset="captions", train_file="flickr8k/train.json",
         test_file="flickr8k/test_retrieval.json", image_root=["flickr8k/images"],
         model="tiny-resnet", image_size=32, epochs=4, batch_size=256, lr=1e-3, warmup=100,
@@ -87,12 +91,14 @@ RECIPES = {
         CC3M, train_file="clip_train/cc3m_train_subset.json",
         test_file="clip_train/coco_val.json", batch_size=128,
         image_root=["datasets/cc3m_subset_100k", "datasets/mscoco_val/mscoco_val2014_subset_5k"]),
-    "fastclip-cc3m": dict(  # [R]; not built: the lower rate of tau below 0.03
+    # [A], tau [K]; not built: the lower rate of tau below 0.03. Datacomp, retrieval, ImageNet and
+    # variants [T]: v1 24.87, 29.28, 18.86; v2 24.10, 29.32, 18.52; SogCLR 23.41, 27.48, 16.90
+    "fastclip-cc3m": dict(
         CC3M, loss="fastclip", image_size=224, epochs=37, batch_size=1024, lr=1e-3,
         weight_decay=0.1, schedule="cosine", warmup=10000, tau=0.07, gamma=0.2, rho=6.5,
         tau_lr=2e-4),
 }
-# Flags of each loss and their defaults; a flag that a loss does not use is refused.
+# The flags that each loss uses, with their defaults; other losses refuse them.
 EMA = dict(gamma=0.8, gamma_schedule="constant")  # [V]
 STEP = dict(eta_schedule="const", tau=0.01)  # [V]
 CLIP = dict(tau=0.01, learn_tau="none", tau_bounds=(0.001, 0.5), tau_lr=None)  # [V]
@@ -110,8 +116,8 @@ LOSSES = {
     "onlineclr": dict(EMA, tau=0.01),  # [V]
     "sogclr-mine": dict(EMA, tau=0.01, lambda_mi=0.0),  # [K]
     "hybrid": dict(EMA, tau=0.01),  # [V]
-    "fastclip": dict(gamma=0.2, gamma_schedule="cosine", tau=0.07, eps=1e-14, rho=6.5,  # [R]
-                     tau_bounds=(0.001, 0.5), tau_lr=None),  # [K] bounds
+    "fastclip": dict(gamma=0.2, gamma_schedule="cosine", tau=0.07, eps=1e-14, rho=6.5,  # [A]
+                     tau_bounds=(0.001, 0.5), tau_lr=None),  # [K] tau, bounds
 }
 TEXT = dict(context_length=20, vocab_size=49408, width=32, heads=1, layers=1)
 TINY = {  # towers for a CPU, built by open_clip's own classes
@@ -123,14 +129,14 @@ TINY = {  # towers for a CPU, built by open_clip's own classes
 
 # ---------------------------------------------------------------------------------- loss
 
-# Most losses see one direction: row i of S (B, B) belongs to anchor i, column i to its own pair,
-# and negative (B, B) bool marks its negatives. log_u (-inf: never seen), b and tau are per anchor,
-# (B,). gamma is a number, or (B,) with 1 where u is not known. Losses are scalars, means over the
-# anchors; new values of the state, and G, have no gradient. Features are unit-norm (VICReg: raw).
+# Most losses take one direction: row i of the similarities S (B, B) is anchor i, column i its own
+# pair, and negative (B, B) bool marks its negatives. log_u (-inf: never seen), b and tau are per
+# anchor, (B,). gamma is a number, or (B,) with 1 where u is unknown. Losses are scalars, means over
+# the anchors. New state and G have no gradient. Features are unit-norm (VICReg: raw).
 
 
 def upcast(x):
-    """float16 and bfloat16 become float32, float64 stays."""
+    """Convert float16 and bfloat16 to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -145,8 +151,8 @@ def own_pairs(S):
 
 
 def duplicate_mask(p, text):
-    """Mask (B, B) bool of pairs with the same image p (B,), or the same caption text (B,); the own
-    pair is one of them."""
+    """Mask (B, B) bool of pairs with the same image p (B,) or the same caption text (B,), the own
+    pairs included."""
     return (p[:, None] == p) | (text[:, None] == text)
 
 
@@ -163,22 +169,23 @@ def log_average(log_old, log_new, gamma):
 
 
 def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=None):
-    """What the losses with u have in common.
+    """The part that all losses with u share. n is the number of an anchor's negatives.
 
-    Args: V (B, B) what is weighted, with gradient; z (B, B); floor: log of what is added to u, a
-    number or (B,); terms: what is in the sums, by default the negatives. n counts negatives.
+    Args: V (B, B) values to weight, with gradient; z (B, B); floor: log of what is added to u, a
+    number or (B,); terms: mask of the sums, by default the negatives.
     Returns: mean_i 1/n sum_j w_ij V_ij; log u; log of the denominator; 1/n sum_j w_ij z_ij."""
     n, terms = negative.sum(1).to(z.dtype), negative if terms is None else terms
-    log_g = z.masked_fill(~terms, -math.inf).logsumexp(1) - n.log()  # E6
-    log_u = log_average(log_u, log_g, gamma)  # E7 as E10
+    log_g = z.masked_fill(~terms, -math.inf).logsumexp(1) - n.log()  # E6: FastCLIP Eq. (1) [T]
+    log_u = log_average(log_u, log_g, gamma)  # E7 as E10: FastCLIP Eq. (2) [T]
     log_den = add(log_u, torch.as_tensor(floor, dtype=z.dtype, device=z.device))  # E11
+    # with the new u, as LibAUC's SogCLR [A]; its text on iSogCLR [A] has the old u
     w = torch.exp(z - log_den[:, None]).masked_fill(~terms, 0) / n[:, None]  # E8
     return (w * V).sum(1).mean(), log_u, log_den, (w * z).sum(1)  # E9
 
 
 def cross_entropy(S, negative, tau):
     """CE (B,) of the own pair in each row of S / tau; tau is a number, or one per row (B, 1)."""
-    # differs from the released code: there tau of row i divides column i ("personalized")
+    # differs from the released code: there, tau of row i divides column i ("personalized")
     logits = (upcast(S) / tau).masked_fill(~(negative | own_pairs(S)), -math.inf)
     return -logits.log_softmax(1).diagonal()
 
@@ -189,7 +196,7 @@ def clip(S, negative, tau_I, tau_T):
 
 
 def cyclip(S, R_I, R_T, inside=0.25, cross=0.25):
-    """What CyCLIP adds to CLIP (E2): 1/B of the squared asymmetries.
+    """The terms that CyCLIP adds to CLIP (E2): 1/B times the squared asymmetries.
     Args: image-text, image-image and text-text similarities (B, B). Returns: scalar."""
     S, R_I, R_T = upcast(S), upcast(R_I), upcast(R_T)
     return (inside * (R_I - R_T).square().sum() + cross * (S - S.T).square().sum()) / len(S)
@@ -221,7 +228,7 @@ def sogclr(S, negative, log_u, b, tau, gamma, eps=1e-8):
 
 
 def sogclr_dro(S, negative, log_u, b, tau, gamma, rho, eps=1e-10):
-    """iSogCLR as first released: the pair itself is in the sum, but n = B - 1.
+    """iSogCLR as first released: the sum includes the pair itself, although n = B - 1.
     Returns: L, log_u, b, G."""
     D = difference(S)
     z = D.detach() / tau[:, None]
@@ -232,8 +239,8 @@ def sogclr_dro(S, negative, log_u, b, tau, gamma, rho, eps=1e-10):
 
 
 def isogclr(S, negative, log_u, b, tau, gamma, rho, eps=1e-14):
-    """iSogCLR with stored temperatures, or those of a network. Returns: L, log_u, b, G.
-    As in the released code eps is the least value of the SUM n u e^-b, in the weights and in G."""
+    """iSogCLR with temperatures from the table or a network. Returns: L, log_u, b, G.
+    As in the released code, eps is the minimum of the SUM n u e^-b, in the weights and in G."""
     D = difference(S)
     z = D.detach() / tau[:, None]
     b = torch.maximum(b, z.amax(1))
@@ -243,15 +250,15 @@ def isogclr(S, negative, log_u, b, tau, gamma, rho, eps=1e-14):
 
 
 def isogclr_v1(S, negative, log_u, tau, gamma, rho):
-    """The variant that does not subtract d: z = S/tau, no eps. Returns: L, log_u, G."""
+    """The variant without subtraction of d and without eps: z = S/tau. Returns: L, log_u, G."""
     S = upcast(S)
     L, log_u, _, mean_z = estimate(S, S.detach() / tau[:, None], log_u, gamma, negative, -math.inf)
     return L - S.diagonal().mean(), log_u, log_u + rho - mean_z  # E12
 
 
 def isogclr_v2(S, negative, log_u, b, log_r, tau, gamma, rho, lambd=1.0, eps=1e-8):
-    """The variant with DRO on the positives too (E20). Returns: L, log_u, b, G.
-    log_r: log of r e^b_pos after this step, the average of what `positives` gives."""
+    """The variant with DRO also on the positives (E20). Returns: L, log_u, b, G.
+    log_r: log of r e^b_pos after this step, the moving average of `positives`."""
     S = upcast(S)
     z, d = S.detach() / tau[:, None], S.diagonal()
     b = torch.maximum(b, z.amax(1))
@@ -272,8 +279,8 @@ def temperature_step(tau, v, G, beta, eta, bounds, clamp=5.0):
 
 
 def onlineclr(S, negative, log_n, log_p, tau, gamma):
-    """onlineCLR, both directions: sums, not means. log_n, log_p: averages of the whole data set,
-    scalars, -inf at first. Returns: L, log_n, log_p."""
+    """onlineCLR, both directions, with sums instead of means. log_n, log_p: averages over the data
+    set, scalars, initially -inf. Returns: L, log_n, log_p."""
     S = upcast(S)
     z, d = (S.detach() / tau).masked_fill(~negative, -math.inf), S.diagonal()
     z_p = -d.detach() / (10 * tau)
@@ -284,18 +291,18 @@ def onlineclr(S, negative, log_n, log_p, tau, gamma):
 
 
 def info_sogclr(S, negative, log_u, tau, gamma, floor=0.0):
-    """InfoSogCLR. Derived here: nothing but the name of this loss is public.
+    """InfoSogCLR. Our derivation: only the name of this loss is public.
 
     InfoNCE over the data set has the pair itself in its denominator, 1 + (N - 1) u, so the floor
-    is 1/(N - 1) (E27), N the number of texts for an image; 0 is SogCLR without eps. S may have
-    further columns, (B, B + K), of negatives that are not in the batch. Returns: L, log_u."""
+    is 1/(N - 1) (E27), with N texts for an image; 0 is SogCLR without eps. S may have K further
+    columns, (B, B + K), of negatives from outside the batch. Returns: L, log_u."""
     D = difference(S)
     return estimate(D, D.detach() / tau, log_u, gamma, negative, log_(floor))[:2]
 
 
 def mine(S, negative, log_v, tau, gamma):
-    """L_mine, both directions: Donsker-Varadhan, one normaliser v for all pairs, a scalar, -inf at
-    first. "mine" read as MINE: derived here. Returns: L, log_v."""
+    """L_mine, both directions: Donsker-Varadhan with one normaliser v for all pairs, a scalar,
+    initially -inf. Our derivation: we read the name "mine" as MINE. Returns: L, log_v."""
     S, n = upcast(S), negative.sum(1).to(log_v.dtype)
     z = (S.detach() / tau).masked_fill(~negative, -math.inf)
     g = z.logsumexp(1) - n.log()
@@ -305,36 +312,36 @@ def mine(S, negative, log_v, tau, gamma):
 
 
 def difficulty(S, negative, tau):
-    """Hard pairs count more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau). Returns: scalar."""
+    """Hard pairs weigh more (E23c): sum_i a_i CE_i, a = sg softmax(-d/tau). Returns: scalar."""
     a = (-upcast(S).diagonal().detach() / tau).softmax(0)
     return (a * (cross_entropy(S, negative, tau) + cross_entropy(S.T, negative, tau)) / 2).sum()
 
 
 def siglip(S, negative, s, c):
-    """SigLIP: -1/B sum_ij logsigmoid(y_ij (s S_ij + c)), y = 1 for the pair, else -1; repeats are
-    left out. Returns: scalar."""
+    """SigLIP: -1/B sum_ij logsigmoid(y_ij (s S_ij + c)), y = 1 for own pairs, -1 for negatives,
+    else 0. Returns: scalar."""
     S = upcast(S)
     y = torch.eye(len(S), dtype=S.dtype, device=S.device) - negative.to(S.dtype)  # 0 for repeats
     return -(F.logsigmoid(y * (s * S + c)) * y.abs()).sum() / len(S)
 
 
 def fastclip(S, negative, log_u, tau, gamma, rho, eps=1e-14):
-    """FastCLIP: weights e^z / (eps + u). Returns: L, whose gradient is that of tau log(eps + u);
-    log_u; G (B,), whose means of both directions add up to the derivative of v3 in tau."""
+    """FastCLIP: weights e^z / (eps + u). Returns: L, with the gradient of tau log(eps + u); log_u;
+    G (B,). The means of G in both directions add up to the derivative of v3 (RGCL-g) in tau."""
     D = difference(S)
     L, log_u, log_den, mean_z = estimate(D, D.detach() / tau, log_u, gamma, negative, log_(eps))
     return L, log_u, log_den + rho - mean_z
 
 
 def first_visit(log_u, epoch, gamma):
-    """gamma per entry of log_u: 1 in epoch 0, and where u is not known yet."""
-    # differs from the released code: there a first visit later on gives u = gamma g
+    """gamma per entry of log_u: 1 in epoch 0 and where u is unknown."""
+    # differs from the released code: there, a first visit after epoch 0 gives u = gamma g
     return torch.full_like(log_u, 1.0 if epoch == 0 else gamma).masked_fill_(
         log_u == -math.inf, 1.0)
 
 
 def gamma_at(epoch, epochs, gamma, schedule):
-    """FastCLIP's schedule, epoch from 0: cosine from 1 to gamma in half of the epochs."""
+    """FastCLIP's schedule [T], epoch from 0: cosine from 1 to gamma over half of the epochs."""
     if schedule == "constant":
         return gamma
     E = max(1, epochs // 2)
@@ -342,7 +349,7 @@ def gamma_at(epoch, epochs, gamma, schedule):
 
 
 def eta_at(epoch, epochs, eta, schedule, eta_min=1e-4):
-    """Step of the temperatures, epoch from 0 (E14); exp gives more than eta in epoch 0."""
+    """Step size of the temperatures (E14), epoch from 0; exp starts above eta in epoch 0."""
     if schedule == "cosine":
         return eta_min + (eta - eta_min) * math.cos(math.pi / 2 * epoch / epochs)
     return eta if schedule == "const" else (eta - eta_min) * 0.8 ** (epoch - 1) + eta_min
@@ -360,7 +367,7 @@ def clean_caption(caption, words=30):
 
 
 class Shared:
-    """Decoded images (N_I, 3, H, W) of a table whose rows are captions: row r shows of[r]."""
+    """Decoded images (N_I, 3, H, W) of a table whose rows are captions: row r has image of[r]."""
 
     def __init__(self, pixels, of):
         self.pixels, self.of = pixels, of
@@ -370,16 +377,16 @@ class Shared:
 
 
 def first_rows(ids):
-    """The first row of every id, in order of the ids; ids (N,) int64."""
+    """The first row of every id, sorted by id; ids (N,) int64."""
     order = ids.argsort(stable=True)
     return order[F.pad(ids[order].diff() > 0, (1, 0), value=True)]
 
 
 class Pairs:
-    """Captions of a table, whose rows are pairs; the ids are p (image) and q (caption, the row).
+    """Image-caption pairs of a table, one per row. Ids: p of the image, q of the caption (the row).
 
-    On the device: p (N,) int64 dense; text (N,) int64, equal for equal captions; tokens (N, L)
-    int32. captions, N texts, cleaned; distinct, how many differ; images, a row of every image.
+    On the device: p (N,) int64 from 0; text (N,) int64, equal for equal captions; tokens (N, L)
+    int32. captions: N cleaned texts; distinct: number of different ones; images: one row per image.
     """
 
     def __init__(self, table, tokenizer, device, prepare=clean_caption):
@@ -410,7 +417,7 @@ def in_memory(data, table, limit=20000):
 
 
 def towers(args):
-    """Network of open_clip and its tokenizer. Only a --pretrained tag needs a download."""
+    """The open_clip network and its tokenizer. Only a --pretrained tag needs a download."""
     try:
         import open_clip
     except ImportError:
@@ -448,8 +455,8 @@ def towers(args):
 
 
 class Towers(nn.Module):
-    """Both encoders: images (b, 3, S, S) and tokens (b, L), or one of them and None, to a pair of
-    features (b, D), unit-norm or raw, with None for None."""
+    """Both encoders. Maps images (b, 3, S, S) and tokens (b, L) to features (b, D), unit-norm or
+    raw; None to None."""
 
     def __init__(self, clip, normalize=True):
         super().__init__()
@@ -467,7 +474,7 @@ class Towers(nn.Module):
 
 
 class TempNet(nn.Module):
-    """Temperature of a feature (E15 to E19): (n, D), without gradient, to (n,) in the bounds."""
+    """Temperatures (n,) within the bounds from features (n, D) without gradient (E15 to E19)."""
 
     def __init__(self, D, M, bounds, dropout=0.5):
         super().__init__()
@@ -495,7 +502,7 @@ class TempNet(nn.Module):
 
 
 class Table(nn.Module):
-    """State per id of one modality: buffers (N, ...), in the checkpoint, equal in all processes."""
+    """State of every id of one modality: buffers (N, ...), equal in all processes."""
 
     def __init__(self, N, **initial):
         super().__init__()
@@ -508,7 +515,7 @@ class Table(nn.Module):
         return {name: x[ids] for name, x in self.named_buffers()}
 
     def write(self, ids, values):
-        """New values (B, ...) of the ids (B,). The last row of a repeated id counts, as in the
+        """Write values (B, ...) for the ids (B,). For a repeated id the last row wins, as in the
         released code on a CPU."""
         ordered, order = ids.sort(stable=True)
         last = order[torch.searchsorted(ordered, ids, right=True) - 1]  # (B,) last row of each id
@@ -517,10 +524,10 @@ class Table(nn.Module):
 
 
 class Objective(nn.Module):
-    """All of a loss but the towers: per-sample state, learnable temperature, and one step.
+    """The loss with its per-sample state and learnable temperatures: all but the towers.
 
-    Every process computes the loss of the whole batch, so the parameters need no DDP: their
-    gradients are the same everywhere.
+    Every process computes the loss of the whole batch, so its parameters have the same gradients
+    in all processes and need no DDP.
     """
 
     def __init__(self, args, pairs, D):
@@ -550,16 +557,16 @@ class Objective(nn.Module):
                                       for N in (pairs.N_I, pairs.N_T))
 
     def get_extra_state(self):
-        """Which data the ids mean."""
+        """The data that the ids refer to."""
         return self.data
 
     def set_extra_state(self, state):
-        """Raises: ValueError for the state of other data, whose ids mean something else."""
+        """Raises: ValueError if the state is from other data, so its ids do not fit."""
         if state != self.data:
             raise ValueError(f"its tables belong to other data: {state}, here {self.data}")
 
     def forward(self, X, Y, p, q, negative, step, epoch):
-        """Loss of the batch, and scalars for the log. `update` writes the new state.
+        """Loss of the batch and scalars for the log. `update` stores the new state afterwards.
 
         Args: X, Y (B, D) features of images and texts; p, q (B,) their ids; negative (B, B) bool,
         symmetric; step; epoch from 0.
@@ -567,7 +574,7 @@ class Objective(nn.Module):
         args, loss = self.args, self.args.loss
         self.pending, self.scalars = [], {}
         for name, parameter in self.named_parameters():
-            if name.startswith("tau"):  # kept in its bounds before every use
+            if name.startswith("tau"):  # clamp before every use
                 parameter.data.clamp_(*args.tau_bounds)
         if loss == "vicreg":
             return vicreg(X, Y), {}
@@ -633,7 +640,7 @@ class Objective(nn.Module):
             N = (self.T if side == "I" else self.I).N  # texts for an image, images for a text
             L, u = info_sogclr(S, negative, u, tau, gamma, floor=1 / max(1, N - 1))
         if loss in ("isogclr-tempnet", "isogclr-v1", "fastclip"):
-            L = L + (G * tau).mean()  # only this trains tau or its network; G is not clipped
+            L = L + (G * tau).mean()  # trains only tau or its network; G is not clipped
         new = dict(log_u=u) if b is None else dict(log_u=u, b=b)
         if "tau" in old:
             eta = eta_at(epoch, args.epochs, args.eta, args.eta_schedule)
@@ -641,11 +648,11 @@ class Objective(nn.Module):
             new["tau"], new["v"] = temperature_step(tau, old["v"], G, args.beta, eta,
                                                     args.tau_bounds, clamp)
         self.pending.append((table, ids, new))
-        shown = new if G is None else dict(new, tau=tau)  # tau of this step, not the new one
+        shown = new if G is None else dict(new, tau=tau)  # this step's tau, not the new one
         return L, {f"{k}_{side}": v.mean() for k, v in shown.items() if k != "b"}
 
     def predict(self, side, f, step):
-        """tau (B,) of a network; its first prototypes are features of the first batch."""
+        """tau (B,) from a network. Its prototypes start as features of the first batch."""
         net = getattr(self, f"net_{side}")
         if step == 0:
             with torch.no_grad():
@@ -656,8 +663,8 @@ class Objective(nn.Module):
         return net(f, (draw >= net.dropout).to(f.device))
 
     def hybrid(self, X, Y, p, q, S, negative, gamma, step, epoch):
-        """HybridSogCLR as intended (E23a-c). The reading of its mathematics is this project's:
-        the released code computes something else, and on most steps nothing."""
+        """HybridSogCLR as we understand it (E23a-c). The released code computes something else and,
+        at most steps, nothing."""
         B, D = X.shape
         tau, base = self.args.tau * (1 + S.detach().std().tanh()), 0.0
         for f, ids, table, sims, others, bank in ((X, p, self.I, S, q, self.T),
@@ -677,8 +684,8 @@ class Objective(nn.Module):
         return base + 0.1 * cov + 0.1 * tau * diff, dict(tau=tau, base=base, cov=cov, diff=diff)
 
     def bank_rows(self, table, batch, step, K=1024):
-        """At most K random rows of a bank, and a mask of those that are usable: seen before, and
-        not in this batch."""
+        """At most K random rows of a bank, and a mask of the usable ones: seen before and not in
+        this batch."""
         rows = torch.arange(table.N)
         if table.N > K:
             rows = torch.randint(table.N, (K,), generator=common.generator(
@@ -687,7 +694,7 @@ class Objective(nn.Module):
         return rows, (table.log_u[rows] > -math.inf) & ~torch.isin(rows, batch)
 
     def update(self):
-        """Write the state of the last forward pass."""
+        """Store the new state of the last forward pass."""
         for table, ids, values in self.pending:
             table.write(ids, values)
         for name, value in self.scalars.items():
@@ -695,7 +702,7 @@ class Objective(nn.Module):
 
 
 def bank_row(row, f, seen, m):
-    """The feature f (b, D) itself where a row is new, else normalise(m row + (1 - m) f)."""
+    """Where a row is new, the feature f (b, D); else normalise(m row + (1 - m) f)."""
     return torch.where(seen[:, None], F.normalize(m * row + (1 - m) * f, dim=1), f)
 
 
@@ -720,8 +727,8 @@ def grouped_optimizer(args, model, objective):
 
 
 def first_hit(S, relevant):
-    """Place (Q,) from 0 of the best relevant column of each row; of equal scores the lower column
-    comes first. Args: S (Q, N) finite; relevant (Q, N) bool, at least one a row."""
+    """Rank (Q,), from 0, of the best relevant column of each row; ties: lower column first.
+    Args: S (Q, N) finite; relevant (Q, N) bool, at least one per row."""
     best = S.masked_fill(~relevant, -math.inf).amax(1, keepdim=True)
     hit = ((S == best) & relevant).int().argmax(1, keepdim=True)
     before = torch.arange(S.shape[1], device=S.device) < hit
@@ -729,7 +736,7 @@ def first_hit(S, relevant):
 
 
 def recall(rank, relevant, N, name, ks=(1, 5, 10)):
-    """R@k in percent of the queries and their mean, and what a random order would give.
+    """R@k in percent of the queries, with its mean over k, and the same for a random order.
 
     Args: rank (Q,) from `first_hit`; relevant (Q,) number of relevant among N.
     """
@@ -745,9 +752,9 @@ def recall(rank, relevant, N, name, ks=(1, 5, 10)):
 
 
 def retrieval(X, Y, image_group, text_group, block=2 ** 25):
-    """Image to text (TR) and text to image (IR), by blocks of similarities.
+    """Image-to-text (TR) and text-to-image (IR) retrieval, in blocks of similarities.
 
-    Args: X (n, D), Y (m, D) unit-norm; a text is right for an image if their groups are equal.
+    Args: X (n, D), Y (m, D) unit-norm; a text matches an image if their groups are equal.
     Returns: dict of percents, dict of the same for a random order.
     """
     if not (X.isfinite().all() and Y.isfinite().all()):
@@ -767,13 +774,13 @@ def retrieval(X, Y, image_group, text_group, block=2 ** 25):
 
 
 def class_weights(prompts):
-    """Prompt features (C, templates, D) to unit class vectors (C, D): unit, mean, unit."""
+    """Unit class vectors (C, D) of prompt features (C, templates, D): normalise, mean, again."""
     return F.normalize(F.normalize(prompts, dim=2).mean(1), dim=1)
 
 
 @torch.no_grad()
 def encode(model, tokens, block=256):
-    """Unit features (n, D) of tokens (n, L) on the device; every process computes all."""
+    """Unit features (n, D) of tokens (n, L) on the device; every process computes all of them."""
     was_training = model.training
     model.eval()
     Y = torch.cat([model(None, part)[1] for part in tokens.split(block)])
@@ -783,7 +790,7 @@ def encode(model, tokens, block=256):
 
 
 def zero_shot_prompts(args, classes):
-    """Names of the classes and templates (with {}) of the zero-shot classification."""
+    """Class names and templates (with {}) for zero-shot classification."""
     names, templates = classes, []
     if args.dataset == "shapes":
         templates = [f"a {s} {c} {{}} on a {b} background" for s in common.SIZES
@@ -810,10 +817,10 @@ def zero_shot_prompts(args, classes):
 def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
     """Retrieval (with captions) and zero-shot accuracy (with labels) on the test set.
 
-    Images are resized to a square for retrieval, cropped for classification, as the authors do.
-    Equal captions: in a set with image ids each caption asks for its own image, the usual protocol;
-    without (shapes) equal captions are one, and right for all images that have it.
-    Returns: dict of percents, dict of those by chance, and what `retrieval_picture` needs: X, Y,
+    Images are resized to a square for retrieval and cropped for classification, as the authors do.
+    If the data have image ids, each caption asks for its own image (the usual protocol). Otherwise
+    (shapes) equal captions count once and match all images that have them.
+    Returns: dict of percents, dict of chance levels, and what `retrieval_picture` needs: X, Y,
     their groups, and the rows of the captions Y (None without captions).
     """
     table, args, retrieved, result, chance = data.test, data.args, None, {}, {}
@@ -877,7 +884,7 @@ def retrieval_picture(path, data, pairs, retrieved, n=5):
 
 
 def tau_picture(path, objective, model, data, pairs):
-    """PNG: histogram of the temperatures of images and texts, where they have their own."""
+    """PNG: histogram of the temperatures of images and texts, for losses that have them."""
     tau = [getattr(objective, f"tau_{side}", getattr(getattr(objective, side), "tau", None))
            for side in "IT"]
     if hasattr(objective, "net_I"):  # of the test set
@@ -966,7 +973,7 @@ def train(args):
 
 
 def report(log, args, objective, model, data, test, result, chance, retrieved):
-    """Pictures and the last lines of a run: the test set before and after the training."""
+    """Pictures and the last lines of a run: results on the test set before and after training."""
     tau_picture(f"{args.out}/tau.png", objective, model, data, test)
     if common.rank() > 0:
         return []
@@ -980,7 +987,7 @@ def report(log, args, objective, model, data, test, result, chance, retrieved):
 
 
 def evaluate_checkpoint(args):
-    """--evaluate: the test set with a checkpoint of this file, or with one of open_clip's."""
+    """--evaluate: results on the test set of a checkpoint of this file or of open_clip."""
     given = {word.split("=")[0][2:].replace("-", "_") for word in args.argv if word[:2] == "--"}
     published = args.evaluate.startswith("openclip:")
     if published:
@@ -1039,7 +1046,7 @@ def authors_rate(step, steps_per_epoch, epochs, lr, warmup, floor=1e-5, start=1e
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """Rate of a step from --schedule: a pure function of the step."""
+    """Learning rate of a step by --schedule: a pure function of the step."""
     if args.schedule == "authors":
         return authors_rate(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, args.warmup)
@@ -1049,7 +1056,7 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 def check(args):
-    """Defaults of the loss; BadInput for flags that do not go together."""
+    """Set the loss's defaults; raise BadInput for flags that do not fit together."""
     uses, names = LOSSES[args.loss], {name for flags in LOSSES.values() for name in flags}
     common.reject_unused(args, sorted(names - uses.keys()), f"by --loss {args.loss}; it uses: "
                          f"{', '.join(uses) or 'none of them'}")
@@ -1071,7 +1078,7 @@ def check(args):
 
 
 def main(argv=None):
-    """Flags and start; `main([...])` runs in this process."""
+    """Parse the flags and train or evaluate; `main([...])` runs in this process."""
     parser = common.Parser("sogclr_clip", __doc__, RECIPES)
     add = parser.add_argument_group("SogCLR on CLIP").add_argument
     add("--loss", default="sogclr", choices=list(LOSSES),  # or as in the original: isogclr_new_v1
@@ -1079,30 +1086,30 @@ def main(argv=None):
     add("--model", default="tiny-resnet", help=f"{', '.join(TINY)}, or any name of open_clip: "
         "RN50, ViT-B-32, ...")
     add("--pretrained", help="tag of open_clip (downloads), or a file of weights")
-    add("--tau", type=float, help="temperature, or where it begins")
-    add("--learn-tau", choices=["none", "global", "sample"], help="clip, cyclip: a parameter, or "
-        "one for each id")
-    add("--tau-bounds", type=float, nargs=2, help="of temperatures that are learnt")
-    add("--tau-lr", type=float, help="peak rate of learnable temperatures or their network")
+    add("--tau", type=float, help="temperature, or its initial value")
+    add("--learn-tau", choices=["none", "global", "sample"], help="clip, cyclip: learn one tau, "
+        "or one for each image and caption")
+    add("--tau-bounds", type=float, nargs=2, help="bounds of learned temperatures")
+    add("--tau-lr", type=float, help="peak learning rate of temperatures or of their network")
     add("--gamma", type=float, help="weight of the new value in u (E7)")
     add("--gamma-schedule", choices=["constant", "cosine"], help="cosine: from 1 to --gamma in "
         "half of the epochs (FastCLIP)")
     add("--rho", type=float, help="radius of the KL constraint (E12)")
-    add("--eta", type=float, help="step of the temperatures (E14)")
+    add("--eta", type=float, help="step size of the temperatures (E14)")
     add("--eta-schedule", choices=["const", "cosine", "exp"])
     add("--beta", type=float, help="weight of the new value in v (E13)")
     add("--lambda-mi", type=float, help="share of the MINE loss in sogclr-mine (E26)")
     add("--mask-repeats", action=argparse.BooleanOptionalAction, default=False,
-        help="pairs of the same image or caption are no negatives of each other")
+        help="pairs with the same image or caption are not negatives of each other")
     add("--schedule", default="cosine", choices=["authors", "cosine"], help="authors: by epoch; "
         "cosine: by iteration to 0 after --warmup steps")
     add("--warmup", type=int, default=0, help="steps (cosine), or steps of 100 iterations")
     add("--evaluate", metavar="CHECKPOINT", help="a checkpoint, or openclip:MODEL/TAG_OR_FILE: "
         "retrieval and zero-shot on the test set, no training")
-    add("--class-names", metavar="FILE", help="zero-shot: names in the order of the classes, one "
-        "a line, and templates (lines with {}); or imagenet, open_clip's list")
-    add("--zs-original", action="store_true", help="zero-shot: images normalised with the mean and "
-        "std of their own data set, not with those of the training")
+    add("--class-names", metavar="FILE", help="zero-shot: class names in order, one per line, "
+        "and templates (lines with {}); or imagenet, open_clip's list")
+    add("--zs-original", action="store_true", help="zero-shot: normalise images with the mean and "
+        "std of their own data set instead of those of training")
     common.run(train, parser, argv)
 
 
