@@ -6,7 +6,7 @@ with CLIP (2103.00020), CyCLIP (2205.14459), VICReg (2105.04906) and SigLIP (230
 An image is compared with all other texts of the DATA SET, and a text with all other images. One
 number per anchor, u, is a moving average of its denominator, so small batches suffice.
 The labels E1 to E27 are this project's, as few of the papers' numbers could be found. FastCLIP has
-E6 as Eq. (1), E7 as Eq. (2), lines 6 and 7 of Algorithm 1, and the symbols g, u, gamma, tau, eps and
+E6 as Eq. (1), E7 as Eq. (2), lines 6 and 7 of Algorithm 1, and the symbols g, u, gamma, tau, eps,
 rho [T]. iSogCLR has rho in Eq. (6) [A]. [T] is the paper itself, [A] its authors' code or README.
 
     x_i, t_i unit features of pair i, S_ij = x_i . t_j, d_i = S_ii; B pairs; sg = stop-gradient
