@@ -34,7 +34,9 @@ Shapes: N training images, C classes, D width of the backbone, n test images and
 distinct scores.
 """
 import argparse
+import collections
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -218,16 +220,20 @@ def load_outliers(text, args, device):
               if s != args.dataset.partition("-")[0]]  # the test images of shapes-views are shapes
     path = Path(args.data_dir) / file
     if name and path.is_dir():
-        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in common.IMAGE_ENDINGS)
+        files = common.list_images(path, skipped := collections.Counter())
         if not files:
             raise common.BadInput(f"--outliers {text}: no image below {path}")
-        table = common.Table({}, {}, paths=files)
+        classes = [os.path.relpath(f, path).partition(os.sep) for f in files]
+        ids, names = common.ids_of([name if below else "" for name, below, _ in classes])
+        table = common.Table(dict(label=ids), dict(label=names), paths=files,
+                             notes=common.skipped_notes(path, skipped))
     elif name and path.suffix == ".npz":
         table = common.npz_table(path)
     elif name:
         raise common.BadInput(f"--outliers {text}: {path} is neither a folder nor an npz pack")
     elif text == "unseen":
-        table = common.Table({}, {}, common.shapes(1024, seed=2, unseen=True)[0])
+        images, columns, classes, _ = common.shapes(1024, seed=2, unseen=True)
+        table = common.Table(columns, classes, images)
     elif text in others:
         table = common.SOURCES[text](argparse.Namespace(**{**vars(args), "dataset": text}))[1]
     else:
@@ -237,6 +243,25 @@ def load_outliers(text, args, device):
     if table.images is not None:
         table.images = table.images.to(device)
     return name or text, table
+
+
+def choose_classes(sets, values):
+    """The sets with the images of --outlier-classes only: a file of names, or the names."""
+    known = {name for _, table in sets for name in table.classes.get("label", [])}
+    if len(values) == 1 and Path(values[0]).is_file():
+        values = common.read_names("--outlier-classes", values[0], known)
+    if missing := [value for value in values if value not in known]:
+        raise common.BadInput(f"--outlier-classes: no set has class {missing[0]!r}; there are "
+                              f"{', '.join(sorted(known)[:9]) or 'none'}")
+    chosen = []
+    for name, table in sets:
+        ids = [i for i, c in enumerate(table.classes.get("label", [])) if c in values]
+        labels = table.columns.get("label", torch.full_like(table.index, -1))
+        rows = torch.isin(labels, torch.tensor(ids))
+        if not rows.any():
+            raise common.BadInput(f"--outlier-classes: set {name} has none of these classes")
+        chosen.append((name, table.select(rows.nonzero().flatten())))
+    return chosen
 
 
 def score_images(args, checkpoint, h_train, y, h):
@@ -318,6 +343,8 @@ def evaluate(args, checkpoint):
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     data = load_inliers(args, device)
     sets = [load_outliers(text, args, device) for text in args.outliers]
+    if args.outlier_classes:
+        sets = choose_classes(sets, args.outlier_classes)
     if len({name for name, _ in sets}) < len(sets):
         raise common.BadInput("--outliers: two sets of one name")
     tables = [data.train, data.test, *(table for _, table in sets)]
@@ -344,6 +371,8 @@ def evaluate(args, checkpoint):
     print(f"in-distribution: {common.source(args)}, column {args.label}, fitted to "
           f"{len(data.train)} training images, {len(data.test)} test images; outliers: "
           f"{', '.join(f'{name} {len(t)}' for name, t in sets)}")
+    for note in [note for _, table in sets for note in table.notes]:
+        print(note)
     print("\n".join([*result_lines(results, intervals), "  percent; headline: gaussian; [95 % "
                      "bootstrap interval over images]"]))
     common.write_results(
@@ -360,6 +389,8 @@ def main(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--outliers", nargs="+", help="unseen (shapes), another data set, NAME=FILE.npz, "
         "NAME=FOLDER; the files below --data-dir")
+    add("--outlier-classes", nargs="+", help="classes of the outliers to use: names, or a "
+        "file with one a line")
     add("--ridge", type=float, default=1e-6, help="on the diagonal of a covariance (G1, G2)")
     add("--k", type=int, default=50, help="k of the k-NN distance (G3)")
     add("--bootstrap", type=int, default=1000, help="samples of the intervals, 0: none")

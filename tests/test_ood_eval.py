@@ -276,6 +276,35 @@ def test_outlier_sets(tmp_path, capsys):
     assert "[" not in capsys.readouterr().out.split("outliers: pack 12")[1].split("percent")[0]
 
 
+def test_outlier_classes(tmp_path, capsys):
+    """Classes of packs and folders that the training set has can be left out."""
+    write_pack(tmp_path / "data/p.npz", [np.full((32, 32, 3), i, np.uint8)
+                                         for i in range(9)], labels=np.arange(9) % 3,
+               classes=np.array(["cat", "dog", "ape"]))
+    write_folder(tmp_path / "data/tree", {"cat": 4, "dog/more": 5, ".": 2, "cow": 3, ".x": 2})
+    (tmp_path / "list.txt").write_text("dog\ncow\n")
+    argv = ["--checkpoint", "none", "--data-dir", tmp_path / "data", "--bootstrap", "0",
+            "--outliers", "pack=p.npz", "tree=tree"]
+    assert run(tmp_path, *argv)["data"]["outliers"] == dict(pack=9, tree=14)
+    assert "tree: passed over 1 hidden" in capsys.readouterr().out
+    for names in ([tmp_path / "list.txt"], ["cow", "dog"]):
+        found = run(tmp_path, *argv, "--outlier-classes", *names, name=f"{len(names)}.json")
+        assert found["data"]["outliers"] == dict(pack=3, tree=8)
+    assert "1024 test images; outliers: pack 3, tree 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["dog", "bird"], ["--outlier-classes", "'bird'", "cat, cow, dog"]),
+    (["cow"], ["set pack has none"])])
+def test_outlier_classes_that_no_set_has(refused_by, tmp_path, names, words):
+    write_pack(tmp_path / "p.npz", [np.zeros((32, 32, 3), np.uint8)] * 2, labels=np.arange(2),
+               classes=np.array(["cat", "dog"]))
+    write_folder(tmp_path / "tree", {"cat": 1, "cow": 1})
+    refused_by(ood_eval.main, ["--checkpoint", "none", "--data-dir", tmp_path, "--outliers",
+                               "pack=p.npz", "tree=tree", "--outlier-classes", *names], *words,
+               out=tmp_path / "o.json")
+
+
 def test_images_are_normalised_as_the_test_set_is(monkeypatch):
     """The outliers get the in-distribution mean and deviation, not those of their own set."""
     args = ood_eval_flags("--checkpoint", "none", "--mean", "0.1", "0.2", "0.3", "--std", "0.5",
