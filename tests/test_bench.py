@@ -1,8 +1,11 @@
-"""The benchmarks for a machine with a GPU work, here at toy sizes on a CPU."""
+"""The benchmarks gpu.py and peers.py work, here at toy sizes on a CPU."""
 import json
+import statistics
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import common
 
 sys.path.append(str(Path(__file__).parent / "bench"))  # last: it holds a cld.py of its own
 import gpu
+import peers
 
 PARTS = {"data", "augmentation", "forward", "loss", "loss backward", "backward", "wait",
          "optimizer", "rest"}
@@ -146,3 +150,57 @@ def test_results_of_a_gpu_are_only_of_a_gpu(flags, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         gpu.main(flags)
     assert stop.value.code == 2
+
+
+# ---------------------------------------------------------------------------------- peers.py
+
+
+def test_peers(tmp_path, monkeypatch):
+    """Both tables, with a lightly whose views and loss are those of torchvision and ours."""
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0")
+    monkeypatch.setitem(sys.modules, "lightly", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lightly.transforms", SimpleNamespace(
+        SimCLRTransform=lambda input_size, **flags: peers.torchvision_views(input_size)))
+    monkeypatch.setitem(sys.modules, "lightly.loss", SimpleNamespace(
+        NTXentLoss=lambda temperature: lambda *z: peers.our_loss(torch.stack(z))))
+    threads = torch.get_num_threads()
+    peers.main(["--toy", "--rounds", "2", "--seconds", "0.05", "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    rounds = json.loads((tmp_path / "peers.json").read_text())["rounds"]
+    assert [len(kind) for kind in rounds.values()] == [5, 3]
+    assert all(len(v) == 2 and min(v) > 0 for kind in rounds.values() for v in kind.values())
+    ours, other = (statistics.median(rounds["files"][k]) for k in ("ours", "lightly, 2 workers"))
+    assert (f"| files | lightly, 2 workers | {other:.0f} |" in (tmp_path / "peers.md").read_text())
+    assert f"| {ours / other:.2f} |" in (tmp_path / "peers.md").read_text()
+
+
+def test_peers_have_the_same_views():
+    images, batch = gpu.table(512), 512
+    torch.manual_seed(0)
+    ours = next(peers.our_batches(images, 32, batch, 0))
+    data = peers.TwoViews(list(images.images.permute(0, 2, 3, 1).contiguous().numpy()),
+                          peers.torchvision_views(32))
+    theirs = [torch.stack(views) for views in zip(*(data[i] for i in range(batch)))]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.shape == other.shape and mine.dtype == other.dtype
+        for moment in (torch.mean, torch.std):
+            assert moment(mine).item() == pytest.approx(moment(other).item(), abs=0.05)
+
+
+def test_peers_without_lightly(capsys, monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(SystemExit) as stop:
+        peers.main([])
+    assert stop.value.code == 2 and "lightly is not installed" in capsys.readouterr().err
+
+
+def test_speed_leaves_the_warm_up_out():
+    def batches():
+        for i in range(10 ** 6):
+            time.sleep(0.1 if i < 2 else 0.002)
+            yield i
+
+    assert 40 < peers.speed(batches(), lambda i: None, 1, 0.2, warm=2) <= 500
