@@ -417,7 +417,7 @@ def train(args):
             return dict(knn_top1=common.knn_accuracy(model.backbone, data))
         return dict(knn_top1=common.knn_accuracy(model, data, lambda out: out[0][0]))  # E11
 
-    if first_step == 0:
+    if log.lines == 1:  # a new run
         report_groups(args)
         common.start_run(state, args, data, aug, evaluate)
 

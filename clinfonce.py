@@ -38,7 +38,6 @@ other processors); c100-small 160 CPU seconds, 1.2 GB. The results are in result
 recipes have not been run at full length yet.
 """
 import argparse
-import os
 
 import torch
 import torch.nn.functional as F
@@ -210,7 +209,7 @@ def kmeans(x, k, seed=0):
     import faiss
 
     threads, x = torch.get_num_threads(), x.numpy()
-    faiss.omp_set_num_threads(os.cpu_count() or 1)  # the same for any number of ranks
+    faiss.omp_set_num_threads(common.CORES)  # the same for any number of ranks
     clustering = faiss.Clustering(x.shape[1], k)
     clustering.niter, clustering.nredo, clustering.seed = 20, 5, seed
     clustering.max_points_per_centroid, clustering.min_points_per_centroid = 1000, 10
@@ -408,7 +407,7 @@ def train(args):
     def evaluate():
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
 
-    if first_step == 0:
+    if log.lines == 1:  # a new run
         report_clusters(log, args, quality)
         common.start_run(state, args, data, strong, evaluate)
 

@@ -16,24 +16,29 @@ S image size.
 """
 import argparse
 import array
+import atexit
 import codecs
 import collections
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import resource
+import shlex
 import signal
 import sys
 import tarfile
 import time
 import urllib.parse
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -67,8 +72,9 @@ class RunFailed(Exception):
         self.alone = alone
 
 
-_bars = []  # open progress bars
-_signal = dict(asked=False, agreed=False)  # SIGTERM: seen by this rank; known to all ranks
+_open = contextlib.ExitStack()  # of this run: progress bars, signal handlers, the folder's lock
+_locks = []  # file descriptor of the run folder, if this process writes to one
+_signal = dict(asked=0, agreed=False)  # SIGTERM, Ctrl-C: seen by this rank; known to all ranks
 _saved = [True]  # whether there is a checkpoint of this run
 
 
@@ -91,21 +97,60 @@ def print_rank0(text):
 def run(train, parser, argv=None):
     """Parse the flags and call train(args); an expected error is one line and an exit status."""
     try:
-        train(parser.parse_args(argv))
-        if dist.is_initialized():
-            # torch 2.4 waits here for gloo's threads and holds the lock that they need in order to
-            # free their last tensors: the sleep lets them finish first and avoids a deadlock
-            time.sleep(0.1)
-            dist.destroy_process_group()
+        with _open:  # closed before a message, which would stand on the progress bar's line
+            train(parser.parse_args(argv))
+            if dist.is_initialized():
+                # torch 2.4 waits here for gloo's threads and holds the lock that they need in order
+                # to free their last tensors: the sleep lets them finish first, without a deadlock
+                time.sleep(0.1)
+                dist.destroy_process_group()
     except (BadInput, RunFailed) as error:
-        while _bars:  # keeps the message off the progress bar's line
-            _bars.pop().close()
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
             text = " ".join(str(error).splitlines())  # messages of pandas have several lines
             print(f"{parser.prog}: error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
     except KeyboardInterrupt:
-        raise SystemExit(f"{parser.prog}: interrupted; the same command goes on") from None
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _ask(number, _):
+    """Handle SIGTERM and Ctrl-C: save and stop after this step. A second Ctrl-C ends at once, but
+    not the copy of the first that torchrun sends."""
+    if number == signal.SIGINT and _signal["asked"] and time.time() - _signal["time"] > 1:
+        raise KeyboardInterrupt
+    _signal.update(asked=number, time=time.time())
+
+
+def _start_worker(_):
+    """In a DataLoader worker: signals and the lock of the run folder belong to the main process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    while _locks:
+        os.close(_locks.pop())
+
+
+@atexit.register
+def _end_workers():
+    """Kill the workers that an error left, as they ignore the SIGTERM that Python sends them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's would raise an error
+            child.kill()
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpus():
+    """CPUs of this process, as the default of --threads and --workers: OMP_NUM_THREADS, or its
+    share of the CPU set. torchrun sets OMP_NUM_THREADS to 1, which does not count."""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > (1 if local_size > 1 else 0):
+        return int(given)
+    return max(1, CORES // local_size)
 
 
 def setup(args):
@@ -124,8 +169,7 @@ def setup(args):
                        f"--nproc_per_node={gpus} or --device cpu")
     if args.batch_size < 1 or args.batch_size % size:
         raise BadInput(f"--batch-size {args.batch_size} does not divide by {size} process(es)")
-    # torchrun sets one thread for each process; on a CPU the processes share all cores instead
-    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // local_size))
+    torch.set_num_threads(args.threads or cpus())
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -138,10 +182,8 @@ def setup(args):
     if args.amp == "auto":
         args.amp = "bf16" if cuda else "none"  # a CPU emulates bf16, slowly
     torch.manual_seed(args.seed)  # the initial weights; all later draws use generator()
-    _signal.update(asked=False, agreed=False)
+    _signal.update(asked=0, agreed=False)
     _saved[0] = bool(args.out) and (Path(args.out) / "checkpoint.pt").exists()
-    with contextlib.suppress(ValueError):  # signals belong to the main thread
-        signal.signal(signal.SIGTERM, lambda *_: _signal.update(asked=True))
     return device
 
 
@@ -281,7 +323,7 @@ def check_loss(loss, step, stats=None, features=None, conditions=None):
     stats, features, conditions = stats or {}, features or {}, conditions or {}
     flags = [x.detach().isfinite().all() for x in features.values()] + [*conditions.values()]
     message = torch.stack([x.detach().double() for x in (loss, *stats.values(), *flags)])
-    message = all_reduce_sum(F.pad(message, (0, 1), value=float(_signal["asked"])))
+    message = all_reduce_sum(F.pad(message, (0, 1), value=float(_signal["asked"] > 0)))
     *values, asked = message.tolist()
     _signal["agreed"] = asked > 0
     means = {name: v / world() for name, v in zip(["loss", *stats], values)}
@@ -468,6 +510,8 @@ class Table:
     notes: list = ()  # texts for the log: what was dropped
     source: str = "the data set"  # the file, for messages
     refused: dict = field(default_factory=dict)  # column -> why it cannot be used
+    used: set = field(default_factory=lambda: {"image_id"})  # columns that were asked for
+    fingerprint: dict = field(default_factory=dict)  # of the whole source, see `fingerprint`
 
     def __post_init__(self):
         if self.index is None:
@@ -484,6 +528,7 @@ class Table:
         if name not in self.columns:
             raise BadInput(f"no column {name!r} in {self.source}; the data set has: "
                            f"{', '.join(self.columns)}")
+        self.used.add(name)
         return self.columns[name]
 
     def select(self, rows):
@@ -1139,10 +1184,50 @@ def label_columns(args, name, tables, flag="--label"):
     return [table.column(name) for table in tables]
 
 
+def fingerprint(table):
+    """Dict that tells two sources apart: the number of images, and CRCs of their file names (but
+    for the folder that all lie in) or pixels, of the captions, and of every column and its names.
+    """
+    def crc(texts):
+        return functools.reduce(
+            lambda found, text: zlib.crc32(f"{text}\0".encode(errors="surrogatepass"), found),
+            texts, 0)
+
+    found = dict(images=len(table))
+    if table.images is not None:
+        found["pixels"] = zlib.crc32(table.images.contiguous().numpy())
+    else:
+        shared = len(os.path.commonprefix([min(table.paths), max(table.paths)]))
+        found["file names"] = crc(path[shared:] for path in table.paths)
+    if table.captions is not None:
+        found["captions"] = crc(table.captions)
+    return found | {f"column {name}": zlib.crc32(ids.contiguous().numpy(),
+                                                 crc(table.classes.get(name) or []))
+                    for name, ids in table.columns.items()}
+
+
+def changed_data(old, new):
+    """Texts for what differs from the fingerprints `old` (training, test) of a run."""
+    return [f"{split} {name}" + f" {value} -> {new[split].get(name)}" * (name == "images")
+            for split in old for name, value in old[split].items() if new[split].get(name) != value]
+
+
+def data_notes(checkpoint, args, data):
+    """A list with a warning if the data set has changed since the checkpoint was trained on it."""
+    if args.dataset != checkpoint.get("args", {}).get("dataset"):
+        return []
+    changed = changed_data(checkpoint.get("data") or {}, dict(training=data.train.fingerprint,
+                                                              test=data.test.fingerprint))
+    return [f"warning: the checkpoint was trained with other data ({', '.join(changed)})"] * (
+        len(changed) > 0)
+
+
 def load(args, device):
     """Read --dataset into a `Data`."""
     train, test = SOURCES[args.dataset](args)
     share_names(train, test)
+    for table in (train, test):
+        table.fingerprint = fingerprint(table)
     labels = label_columns(args, args.label, (train, test))[0]
     if args.limit_train is not None:
         train = train.select(balanced_rows(labels, args.limit_train, args.seed))
@@ -1236,8 +1321,15 @@ class Data:
         loader = torch.utils.data.DataLoader(
             _Files(paths), batch_sampler=tasks, num_workers=workers,
             collate_fn=torch.utils.data.default_convert,  # leaves tensors as they are
-            pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None)
-        for images in loader:
+            pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None,
+            worker_init_fn=_start_worker)
+        # a worker starts with these signals blocked: none can end it before _start_worker runs
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for images in batches:
             if isinstance(images, str):
                 raise RunFailed(f"image {images} cannot be decoded: repair or remove it", True)
             yield images
@@ -1972,49 +2064,69 @@ def progress(steps=None, **options):
     """tqdm on rank 0, with rare updates when the output is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(steps, disable=rank() > 0, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 20, **options)
+    bar = tqdm(steps, disable=rank() > 0, dynamic_ncols=True,
+               mininterval=0.2 if sys.stderr.isatty() else 20, **options)
+    _open.callback(bar.close)
+    return bar
 
 
 class Log:
     """JSON lines (rank 0): the command and versions, then one line for each interval.
 
-    The checkpoint holds the number of lines and the sums since the last one. A resumed run cuts
-    later lines, so its log is equal except for times and memory.
+    The checkpoint holds the number of lines and the sums since the last one, and their CRC. A
+    resumed run cuts later lines, so its log is equal except for times and memory.
     """
 
     def __init__(self, args, data):
         self.args, self.path = args, Path(args.out) / "log.jsonl"
         self.steps_per_epoch = data.steps_per_epoch
-        self.lines, self.count, self.sums = 0, 0, {}
+        self.lines, self.crc, self.count, self.sums = 0, 0, 0, {}
         self.total, self.bar = args.epochs * data.steps_per_epoch, None
         self.began = self.clock = time.time()
         self.header = dict(
-            command=" ".join([args.method + ".py", *args.argv]), args=flags_dict(args),
+            command=shlex.join([args.method + ".py", *args.argv]), args=flags_dict(args),
             data=dict(train=len(data.train), test=len(data.test),
-                      notes=data.train.notes + data.test.notes), **environment(data.device))
+                      notes=data.train.notes + data.test.notes),
+            fingerprint={split: {k: v for k, v in table.fingerprint.items() if not k.startswith(
+                "column ") or k.removeprefix("column ") in data.train.used}
+                for split, table in (("training", data.train), ("test", data.test))},
+            **environment(data.device))
 
     def state_dict(self):
         """What the checkpoint holds of the log."""
         return dict(lines=self.lines, count=self.count, sums=self.sums)
 
     def load_state_dict(self, state):
-        """Take over the state and cut the file to its number of lines."""
+        """Take over the state and cut the file to its number of lines, whose CRC, if it is not 0,
+        must be `self.crc`."""
         self.lines, self.count, self.sums = state["lines"], state["count"], dict(state["sums"])
-        if not self.path.exists():
-            raise BadInput(f"{self.path} is missing beside its checkpoint; put it back, or use "
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        text, expected = b"".join(lines[:self.lines]), self.crc
+        self.crc = zlib.crc32(text)
+        if len(lines) < self.lines or expected not in (0, self.crc):
+            raise BadInput(f"{self.path} is missing, cut or changed: it does not begin with the "
+                           f"{self.lines} lines that the checkpoint knows; put it back, or use "
                            "another --out")
         if rank() == 0:
-            lines = self.path.read_text().splitlines(keepends=True)[:self.lines]
-            atomic_write(self.path, lambda file: file.write("".join(lines).encode()))
+            atomic_write(self.path, lambda file: file.write(text))
+
+    def begin(self):
+        """A new file with the header: no log is ever without it."""
+        text = f"{json.dumps(self.header)}\n".encode()
+        self.lines, self.crc = 1, zlib.crc32(text)
+        if rank() == 0:
+            atomic_write(self.path, lambda file: file.write(text))
 
     def write(self, **values):
-        """Append one line."""
-        self.lines += 1
+        """Append one line; it is on the disk before a checkpoint that counts it."""
+        text = f"{json.dumps(values)}\n".encode()
+        self.lines, self.crc = self.lines + 1, zlib.crc32(text, self.crc)
         if rank() == 0:
             try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(values) + "\n")
+                with open(self.path, "ab") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
             except OSError as error:
                 raise RunFailed(f"cannot write {self.path}: {error.strerror}") from None
 
@@ -2022,7 +2134,6 @@ class Log:
         """Take the values of a step; every --log-every steps and epoch, write their means."""
         if self.bar is None:
             self.bar = progress(total=self.total, initial=step, unit="step")
-            _bars.append(self.bar)
             self.since = step
         self.sums |= {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
         self.count += 1
@@ -2030,7 +2141,7 @@ class Log:
         done, now = step + 1, time.time()
         speed = (done - self.since) * self.args.batch_size / max(now - self.clock, 1e-9)
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()} | {
-            "images/s": f"{speed:.0f}"}, refresh=False)  # the bar decides when to print
+            "images/s": f"{speed:.{int(speed < 10)}f}"}, refresh=False)  # the bar says when
         if done % self.args.log_every == 0 or done % self.steps_per_epoch == 0:
             means = {name: total / self.count for name, total in self.sums.items()}
             self.write(step=done, epoch=done / self.steps_per_epoch, **means,
@@ -2066,7 +2177,7 @@ def environment(device):
         name = "CPU"
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
             name = next((s.split(":")[1].strip() for s in file if s.startswith("model name")), name)
-        name += f", {os.cpu_count()} cores"
+        name += f", {CORES} cores"
     versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                     torchvision=torchvision.__version__)
     return dict(processes=world(), threads=torch.get_num_threads(), device=name, versions=versions)
@@ -2080,15 +2191,18 @@ def memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> shift
 
 
-def atomic_write(path, write):
-    """Write a temporary file, then rename it to path, which never names half a file."""
-    aside = path.with_name(path.name + ".tmp")
+def atomic_write(path, write, previous=None):
+    """Write a temporary file, then rename it to path, which never names half a file. previous:
+    the name that an older file of this path gets."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
@@ -2099,12 +2213,19 @@ def atomic_write(path, write):
         raise RunFailed(f"cannot write {path}: {reason}") from None
 
 
-def save_checkpoint(state, step, args):
-    """Atomic checkpoint after `step` steps: weights, optimizer, tables, log, flags (rank 0)."""
+def save_checkpoint(state, step, args, name=None):
+    """Atomic checkpoint after `step` steps: weights, optimizer, tables, log, flags (rank 0).
+
+    Without a name it is checkpoint.pt, and the one before it becomes checkpoint.prev.pt.
+    """
     if rank() == 0:
         checkpoint = dict(format=1, method=args.method, step=step, args=flags_dict(args),
                           state={name: part.state_dict() for name, part in state.items()})
-        atomic_write(Path(args.out) / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        if log := state.get("log"):
+            checkpoint.update(data=log.header["fingerprint"], log_crc=log.crc)
+        folder = Path(args.out)
+        atomic_write(folder / (name or "checkpoint.pt"), lambda file: torch.save(checkpoint, file),
+                     previous=None if name else folder / "checkpoint.prev.pt")
     _saved[0] = True
 
 
@@ -2135,9 +2256,13 @@ def _allow_harmless():
 
 def load_checkpoint(path):
     """The dict of a file, by torch.load with weights_only=True; BadInput that names the file if it
-    cannot be read or holds anything else."""
+    cannot be read or holds anything else. torch does not compare the CRCs of the records, and would
+    load tensors with flipped bits."""
     _allow_harmless()
     try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\3\4" and (record := zipfile.ZipFile(file).testzip()):
+                raise zipfile.BadZipFile(f"the CRC of {record} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"checkpoint {path} not found") from None
@@ -2146,7 +2271,10 @@ def load_checkpoint(path):
             raise BadInput(f"checkpoint {path} cannot be read: it holds a {kind[1]}, which could "
                            "run code; save a file with the state_dict alone") from None
         reason = str(error).strip().split("\n")[0][:120]
-        raise BadInput(f"checkpoint {path} cannot be read (truncated, or no checkpoint?): "
+        older = Path(path).with_name("checkpoint.prev.pt")
+        if Path(path).name == "checkpoint.pt" and older.exists():
+            reason += f"; {older} is the checkpoint before it: remove {path} to go on from there"
+        raise BadInput(f"checkpoint {path} cannot be read (truncated, damaged, or no checkpoint?): "
                        f"{reason}") from None
     if not isinstance(checkpoint, dict):
         raise BadInput(f"checkpoint {path} holds a {type(checkpoint).__name__}, no weights: it is "
@@ -2279,47 +2407,103 @@ def initial_weights(state, args):
     return dict(loaded, file=args.init)
 
 
-FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture")  # resuming may change
+# resuming may change these
+FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture", "keep_every")
 
 
 def resume(state, args):
-    """Open the run folder: continue from its checkpoint, or begin with an empty log.
+    """Open the run folder as its one writer: continue from its checkpoint, or begin with an empty
+    log, whose `lines` is then 1. From now on SIGTERM and Ctrl-C save and stop.
 
-    Returns: the number of steps done, 0 for a new run.
-    Errors: BadInput if the folder holds a run with other flags (named), or a broken checkpoint.
+    Returns: the number of steps done.
+    Errors: on all processes, BadInput if the folder holds a run with other flags or data (named) or
+    a broken checkpoint, if another process writes to it, or if the processes differ.
     """
-    path, log, step = Path(args.out) / "checkpoint.pt", state["log"], 0
+    log = state["log"]
+    try:
+        if rank() == 0:
+            _lock(log.path)
+        step = _load_run(state, args)
+    except (BadInput, RunFailed) as error:
+        step = error
+    found = [(step, {**flags_dict(args), "out": os.path.abspath(args.out)},
+              log.header["fingerprint"])]
+    if world() > 1:  # all have looked before rank 0 writes
+        mine, found = found[0], [None] * world()
+        dist.all_gather_object(found, mine)
+    for number, (step, flags, data) in enumerate(found):
+        if isinstance(step, Exception):
+            raise step
+        changed = changed_flags(found[0][1], SimpleNamespace(**flags), {*FREE_FLAGS} - {"out"})
+        changed += changed_data(found[0][2], data) + ["checkpoint"] * (step != found[0][0])
+        if changed:
+            raise BadInput(f"process {number} differs from process 0 ({', '.join(changed)}): --out "
+                           "must be a folder that all nodes share, with the same flags and data")
+    if log.lines == 0:
+        if vars(args).get("init"):  # the image methods
+            log.header["init"] = initial_weights(state, args)
+        log.begin()
+    with contextlib.suppress(ValueError):  # signals belong to the main thread
+        for number in (signal.SIGTERM, signal.SIGINT):
+            _open.callback(signal.signal, number, signal.signal(number, _ask))
+    return step
+
+
+def _lock(path):
+    """Make this process the one writer of the folder of `path`, until its end."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror}") from None
+    _locks.append(lock)
+    _open.callback(_unlock, path.parent)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another process trains in {path.parent}: wait for it, end it, or use "
+                       "another --out") from None
+    except OSError:  # a file system without locks
+        return
+    for left in path.parent.glob("checkpoint*.tmp"):  # of a process that was killed
+        left.unlink()
+
+
+def _unlock(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # empty: the run could not begin
+    while _locks:
+        os.close(_locks.pop())
+
+
+def _load_run(state, args):
+    """Load the checkpoint of the run folder, if there is one. Returns: the number of steps done."""
+    path, log = Path(args.out) / "checkpoint.pt", state["log"]
+    if not path.exists() and path.with_name("checkpoint.prev.pt").exists():
+        path = path.with_name("checkpoint.prev.pt")
     if path.exists():
         checkpoint = load_checkpoint(path)
         if not checkpoint.keys() >= {"format", "method", "step", "args", "state"}:
             raise BadInput(f"{path} is not a checkpoint of this project; use another --out")
         _same_flags(checkpoint["args"], args, checkpoint["method"])
+        if changed := changed_data(checkpoint.get("data") or {}, log.header["fingerprint"]):
+            raise BadInput(f"{args.out} holds a run with other data ({', '.join(changed)}); put "
+                           "them back to go on, or use another --out")
+        log.crc = checkpoint.get("log_crc", 0)
         try:
             for name, part in state.items():
                 part.load_state_dict(checkpoint["state"][name])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BadInput(f"{path} does not fit this network: {reason}") from None
-        step = checkpoint["step"]
-    elif log.path.exists():  # stopped before its first checkpoint
+        return checkpoint["step"]
+    if log.path.exists():  # stopped before its first checkpoint
         try:
             header = json.loads(log.path.read_text().split("\n")[0])
             _same_flags(header["args"], args, header["command"].split(".py")[0])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{log.path} is not a log of this project; use another --out") from None
-    if world() > 1:  # all have looked before rank 0 writes
-        steps = [None] * world()
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise BadInput(f"{path} is not the same for all processes: --out must be a folder that "
-                           "all nodes share")
-    if not path.exists():
-        if vars(args).get("init"):  # the image methods
-            log.header["init"] = initial_weights(state, args)
-        log.lines = 1  # the header: no log file is ever without it
-        if rank() == 0:
-            atomic_write(log.path, lambda file: file.write(f"{json.dumps(log.header)}\n".encode()))
-    return step
+    return 0
 
 
 def start_run(state, args, data, aug, evaluate):
@@ -2332,12 +2516,18 @@ def start_run(state, args, data, aug, evaluate):
 
 def end_step(step, state, args, data, evaluate):
     """After a step (from 0): log evaluate() every --knn-every epochs, save a checkpoint every
-    --save-every epochs and before a stop. Returns: whether to stop."""
+    --save-every epochs and before a stop, and a copy of it every --keep-every epochs.
+
+    Returns: whether to stop.
+    """
     if data.end_of_epoch(step, every=args.knn_every):
         with state["log"].pause():
             state["log"].write(step=step + 1, **evaluate())
     if should_stop() or data.end_of_epoch(step, every=args.save_every):
         save_checkpoint(state, step + 1, args)
+    epoch, rest = divmod(step + 1, data.steps_per_epoch)
+    if args.keep_every and rest == 0 and epoch % args.keep_every == 0:
+        save_checkpoint(state, step + 1, args, f"checkpoint-{epoch:04}.pt")
     return should_stop()
 
 
@@ -2349,9 +2539,9 @@ def changed_flags(old, args, free):
 
 
 def _same_flags(old, args, method):
-    changed = [f"{method}.py -> {args.method}.py"] if method != args.method else []
-    changed += changed_flags(old, args, FREE_FLAGS)
-    if changed:
+    if method != args.method:
+        raise BadInput(f"{args.out} holds a run of {method}.py; use another --out")
+    if changed := changed_flags(old, args, FREE_FLAGS):
         raise BadInput(f"{args.out} holds a run with other flags ({', '.join(changed)}); "
                        "use another --out, or the same flags to go on" + (
                            f"; to train for longer: --init {args.out}/checkpoint.pt --out NEW"
@@ -2372,15 +2562,17 @@ def summary(log, args, title, first_step, extra_lines=(), panels=()):
     files = [*extra_lines, f"  checkpoint   {checkpoint}", f"  log          {log.path}",
              f"  pictures     {', '.join(pictures) or 'none'}"]
     lines, first = [title, *files], "initial" if vars(args).get("init") else "untrained"
+    next_words = ["python", "linear_eval.py", "--checkpoint", str(checkpoint)]
     if knn := [r["knn_top1"] for r in log.records() if r.get("knn_top1") is not None]:
         lines = [title, f"  kNN top-1    {first} {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
                  f"(column {args.label}, K = {min(args.knn_k, log.header['data']['train'])}, "
                  f"T = {args.knn_t})", *files,
-                 f"  next         python linear_eval.py --checkpoint {checkpoint}"]
+                 f"  next         {shlex.join(next_words)}"]
     if first_step == log.total:
         lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
     if should_stop():
-        lines = [f"stopped by SIGTERM and saved to {folder}; the same command goes on"]
+        cause = "Ctrl-C" if _signal["asked"] == signal.SIGINT else "SIGTERM"
+        lines = [f"stopped by {cause} and saved to {folder}; the same command goes on"]
     print_rank0("\n".join(lines))
 
 
@@ -2641,13 +2833,19 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * right[:, :k].any(1).double().mean().item() for k in topk]
 
 
+def kept_epoch(path):
+    """-0050 for checkpoint-0050.pt, as a part of the names of its results; else empty."""
+    name = Path(path).stem
+    return name.removeprefix("checkpoint") if name.startswith("checkpoint") else ""
+
+
 def results_path(args):
     """Path of the results; BadInput if it cannot be written or holds those of another run."""
     folder = Path(args.checkpoint).parent
     if args.checkpoint == "none":
         folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
-    path = folder / f"{args.method}-{args.recipe}-{args.label}.json" if args.out is None else \
-        Path(args.out)
+    path = Path(args.out or folder / (
+        f"{args.method}-{args.recipe}-{args.label}{kept_epoch(args.checkpoint)}.json"))
     above = next(p for p in path.absolute().parents if p.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         raise BadInput(f"{path} cannot be written; use another --out")
@@ -2670,12 +2868,10 @@ def start_evaluation(args, checkpoint):
     path of the results; device; the backbone there; a line that describes it."""
     path = results_path(args)
     ours, script = checkpoint if checkpoint.get("format") == 1 else {}, f"{args.method}.py"
-    record = dict(script=script, command=" ".join([script, *args.argv]), seconds=time.time(),
+    record = dict(script=script, command=shlex.join([script, *args.argv]), seconds=time.time(),
                   checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
                   label=args.label, seed=args.seed, args=flags_dict(args))
     device = setup(args)
-    with contextlib.suppress(ValueError):  # nothing to save: SIGTERM ends the program at once
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if args.checkpoint == "none":
         backbone, loaded = resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
         description = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"
@@ -2745,10 +2941,13 @@ class Parser(argparse.ArgumentParser):
         add("--out", help="run folder (default runs/METHOD-RECIPE-seedSEED); resumed if it exists")
         add("--seed", type=int, default=0)
         add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-        add("--threads", type=int, default=0, help="CPU threads a process (0: cores / processes)")
+        add("--threads", type=int, default=0, help="CPU threads a process (0: OMP_NUM_THREADS, "
+            "or the cores that it may use / processes)")
         add("--log-every", type=int, default=50, help="steps; a line at every epoch's end too")
         add("--knn-every", type=int, default=5, help="epochs between kNN evaluations")
         add("--save-every", type=int, default=1, help="epochs between checkpoints")
+        add("--keep-every", type=int, help="epochs between checkpoints that are kept under their "
+            "own name, checkpoint-EPOCH.pt (default: none)")
         add("--knn-k", type=int, default=200, help="K of the weighted kNN")
         add("--knn-t", type=float, default=0.07, help="T of the weighted kNN")
         add = self.add_argument_group("data").add_argument
@@ -2762,7 +2961,7 @@ class Parser(argparse.ArgumentParser):
         add("--classes", help="folder: file with the class folders to use, one a line")
         add("--label", default="label", help="column that evaluation uses")
         add("--limit-train", type=int, help="use N training images, class-balanced, by seed")
-        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="readers a process")
+        add("--workers", type=int, default=min(8, cpus()), help="readers a process")
         add("--image-size", type=int, default=32, help="S, pixels")
         add("--mean", type=float, nargs=3, help="channel means (default: the data set's)")
         add("--std", type=float, nargs=3)
@@ -2814,7 +3013,7 @@ class Parser(argparse.ArgumentParser):
         args.method, args.argv = self.method, argv
         args.out = args.out or f"runs/{args.method}-{args.recipe}-seed{args.seed}"
         check_ranges(args, above=["epochs", "batch_size", "micro_batch", "image_size", "log_every",
-                                  "knn_every", "save_every", "knn_k", "knn_t"],
+                                  "knn_every", "save_every", "keep_every", "knn_k", "knn_t"],
                      least=["seed", "threads", "workers", "lr", "weight_decay"],
                      share=["momentum", "jitter_p", "gray", "blur", "solarize", "erase"])
         if args.seed >= 2 ** 63 or args.momentum == 1:

@@ -345,6 +345,7 @@ def evaluate(args, checkpoint):
         common.reject_unused(args, ["micro_batch"], "by --mode fast")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     data, names, notes = load_labelled(args, device)
+    notes += common.data_notes(checkpoint, args, data)
     for column in dict.fromkeys([*args.retrieval_labels, args.label]):
         bank = (common.label_columns(args, column, (data.train, data.test), "--label" if column ==
                                      args.label else "--retrieval-labels")[0] >= 0).sum()

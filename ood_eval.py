@@ -352,7 +352,7 @@ def evaluate(args, checkpoint):
     y = data.train.columns[args.label].to(device)
     if common.rank() > 0:
         return
-    print(description)
+    print("\n".join([description, *common.data_notes(checkpoint, args, data)]))
     if few := int((y.unique(return_counts=True)[1] <= h_train.shape[1]).sum()):
         print(f"{few} classes have no more training images than features ({h_train.shape[1]}): "
               f"their covariance is singular but for the ridge {args.ridge:g}")

@@ -42,6 +42,7 @@ import copy
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -348,7 +349,7 @@ def train(args):
     def evaluate():
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
 
-    if first_step == 0:
+    if log.lines == 1:  # a new run
         if args.loss != "ce":
             report_ranks(names, table, taus, args)
         common.start_run(state, args, data, aug, evaluate)
@@ -388,7 +389,8 @@ def train(args):
             break
     unseen = "" if args.dataset == "shapes" else " --outliers NAME=FILE"
     lines = [f"  ranks        {args.out}/ranks.json"] if args.loss != "ce" else []
-    lines += [f"  OOD test     python ood_eval.py --checkpoint {args.out}/checkpoint.pt{unseen}"]
+    checkpoint = shlex.quote(f"{args.out}/checkpoint.pt")
+    lines += [f"  OOD test     python ood_eval.py --checkpoint {checkpoint}{unseen}"]
     common.summary(log, args, f"RINCE, --loss {args.loss}, {args.dataset}", first_step, lines)
 
 

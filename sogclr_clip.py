@@ -53,6 +53,7 @@ import json
 import math
 import os
 import re
+import shlex
 import textwrap
 import zlib
 from pathlib import Path
@@ -935,7 +936,7 @@ def train(args):
     def evaluate():
         return evaluate_clip(model, tokenizer, data, test)[0]
 
-    if first_step == 0:
+    if log.lines == 1:  # a new run
         common.print_rank0(f"{pairs.N_T} captions of {pairs.N_I} images, {pairs.distinct} distinct"
                            f"; test: {test.N_T} of {test.N_I}")
         common.start_run(state, args, data, aug, evaluate)
@@ -983,7 +984,8 @@ def report(log, args, objective, model, data, test, result, chance, retrieved):
               f"{chance[name]:.2f} %)" for name, value in result.items()
               if name.endswith(("@1", "top-1", "mean"))),
             f"  queries      {args.out}/retrieval.png",
-            f"  next         python sogclr_clip.py --evaluate {args.out}/checkpoint.pt"]
+            "  next         python sogclr_clip.py --evaluate " + shlex.quote(
+                f"{args.out}/checkpoint.pt")]
 
 
 def evaluate_checkpoint(args):
@@ -1022,8 +1024,9 @@ def evaluate_checkpoint(args):
     result, chance, retrieved = evaluate_clip(model, tokenizer, data, pairs, prepare)
     if common.rank() > 0:
         return
-    path = (Path(args.out) if "out" in given else folder) / f"evaluate-{args.dataset}.json"
-    text = json.dumps(dict(script="sogclr_clip", command=" ".join(args.argv), results=result,
+    name = f"evaluate-{args.dataset}{common.kept_epoch(args.evaluate)}.json"
+    path = (Path(args.out) if "out" in given else folder) / name
+    text = json.dumps(dict(script="sogclr_clip", command=shlex.join(args.argv), results=result,
                            chance=chance, args=common.flags_dict(args)), indent=1)
     common.atomic_write(path, lambda file: file.write(text.encode()))
     lines = [f"{args.evaluate} on {args.dataset}",

@@ -260,7 +260,7 @@ def train(args):
     def evaluate():
         return dict(knn_top1=common.knn_accuracy(model.backbone, data))
 
-    if first_step == 0:
+    if log.lines == 1:  # a new run
         report_recipe(args)
         common.start_run(state, args, data, strong, lambda: {
             **evaluate(), **untrained_quality(model, data, strong)})

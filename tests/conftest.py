@@ -1,7 +1,6 @@
 """Small data sets on disk for the tests. Image number i has one colour, which `number` reads."""
 import functools
 import io
-import signal
 
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ pytest_plugins = ["runs"]  # the fixtures that run a script
 
 
 @pytest.fixture(autouse=True)
-def restore_sigterm():
-    """common.setup takes SIGTERM over: give it back, or pytest could not be stopped."""
-    before = signal.getsignal(signal.SIGTERM)
+def close_run():
+    """Give back the signals and the lock of a folder that a test opened without common.run."""
     yield
-    signal.signal(signal.SIGTERM, before)
+    common._open.close()
 
 
 @pytest.fixture(scope="session")

@@ -327,7 +327,8 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (found["format"], found["method"], found["step"]) == (1, "clinfonce", 6)
     assert found["state"]["model"]["weight"].item() == 2.0
     assert found["args"] == common.flags_dict(args) and found["args"]["clusters"] == "colour"
-    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
+    assert (path.parent / "checkpoint.prev.pt").read_bytes() == before
 
 
 class Harmful:

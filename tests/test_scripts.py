@@ -240,7 +240,7 @@ def test_what_a_resumed_run_needs_is_in_the_checkpoint(run, tmp_path):
 def test_a_finished_run_and_changed_flags(run, tmp_path, capsys):
     argv = [*SMALL, "--workers", "0"]
     whole, files = run("run", argv), sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert files == ["checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
+    assert files == ["checkpoint.prev.pt", "checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
     capsys.readouterr()
     assert differences(whole, run("run", [*argv, "--workers", "1"])) == []  # may change
     out = capsys.readouterr().out
@@ -318,7 +318,7 @@ def test_two_agents_make_one_run(jobs):
     assert sorted(a.out.count("kNN top-1") for a in agents) == [0, 1]
     folder = jobs.folder / "agents"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
+        "checkpoint.prev.pt", "checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
     # the same two processes, never killed: resume is exact here too
     assert differences(checkpoint(folder), checkpoint(jobs.folder / "restarted")) == []
     assert log_of(folder) == log_of(jobs.folder / "restarted")

@@ -660,7 +660,8 @@ def test_torchrun(tmp_path):
                     torchrun("wcl.py", "--standalone", "--nproc_per_node=2")))
     assert run.status == 0, run.err
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoint.pt", "components.png", "curves.png", "log.jsonl", "views.png"]
+        "checkpoint.prev.pt", "checkpoint.pt", "components.png", "curves.png", "log.jsonl",
+        "views.png"]
     lines = run.out[run.out.index("WCL, shapes\n"):].splitlines()
     assert [line[:15].strip() for line in lines] == [
         "WCL, shapes", "kNN top-1", "weak labels", "weak labels", "components", "checkpoint",
