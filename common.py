@@ -1013,7 +1013,7 @@ def captions_table(root, file, image_root=""):
     if not rows:
         raise BadInput(f"{sources[0]} has no entry")
     paths, captions, image_ids = zip(*rows, strict=True)
-    columns = dict(label=torch.full((len(rows),), -1), image_id=torch.tensor(image_ids))
+    columns = dict(label=torch.tensor(-1).expand(len(rows)), image_id=torch.tensor(image_ids))
     return Table(columns, {}, paths=Texts(paths), captions=Texts(captions), notes=notes,
                  source=str(sources[0]))
 
@@ -1103,7 +1103,7 @@ def shard_table(shards):
     which = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
     paths = Members(shards, which, *(np.concatenate([part[k] for part in parts])
                                      for k in ("offset", "size")))
-    return Table(dict(label=torch.full((n,), -1), image_id=torch.arange(n)), {}, paths=paths,
+    return Table(dict(label=torch.tensor(-1).expand(n), image_id=torch.arange(n)), {}, paths=paths,
                  captions=captions, notes=notes, source=str(shards[0]))
 
 

@@ -49,6 +49,7 @@ results/README.md. The GPU recipes have not been run yet.
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -383,25 +384,66 @@ def first_rows(ids):
     return order[F.pad(ids[order].diff() > 0, (1, 0), value=True)]
 
 
+class Tokens:
+    """Tokens of texts at their true length, on the device: tokens[rows] is (n, L) int32, with 0s at
+    the end of a row. 2 bytes a token (4 in vocabularies of over 65,536) and 8 a text."""
+
+    def __init__(self, parts, device):
+        """parts: tensors (n, L) of tokens; L is the same for all."""
+        flat, lengths = [], [torch.zeros(1, dtype=torch.int64)]
+        for x in parts:
+            places = torch.arange(x.shape[1])
+            lengths.append(((x != 0) * (places + 1)).amax(1))
+            flat.append(x[places < lengths[-1][:, None]].int())
+        flat, self.mask = torch.cat(flat), -1
+        if (flat < 2 ** 16).all():  # the bits of uint16, which torch can do little with
+            flat, self.mask = flat.to(torch.int16), 2 ** 16 - 1
+        self.flat, self.places = flat.to(device), places.to(device)
+        self.ends = torch.cat(lengths).cumsum(0).to(device)
+
+    def __getitem__(self, rows):
+        at = self.ends[:-1][rows][:, None] + self.places  # (n, L)
+        found = self.flat[at.clamp(max=len(self.flat) - 1)].int() & self.mask
+        return found * (at < self.ends[1:][rows][:, None])
+
+
 class Pairs:
     """Image-caption pairs of a table, one per row. Ids: p of the image, q of the caption (the row).
 
-    On the device: p (N,) int64 from 0; text (N,) int64, equal for equal captions; tokens (N, L)
-    int32. captions: N cleaned texts; distinct: number of different ones; images: one row per image.
+    On the device: p (N,) int64 from 0; text (N,) int64, equal for equal captions, in order of
+    appearance; tokens, see `Tokens`. distinct: number of different captions; images: one row per
+    image. Beside the table, a pair takes about 50 bytes.
     """
 
     def __init__(self, table, tokenizer, device, prepare=clean_caption):
         if table.captions is None:
             raise common.BadInput("the data set has no captions: use --dataset shapes or captions")
         p = table.columns.get("image_id", torch.arange(len(table))).unique(return_inverse=True)[1]
-        self.captions, known = [prepare(c) for c in table.captions], {}
-        text = torch.tensor([known.setdefault(c, len(known)) for c in self.captions])
-        self.images, self.distinct = first_rows(p), len(known)
-        self.N_I, self.N_T = len(self.images), len(p)
-        self.crc = zlib.crc32("\n".join(self.captions).encode() + p.numpy().tobytes())
-        tokens = torch.cat([tokenizer(self.captions[i:i + 10000]).int()  # half of int64
-                            for i in range(0, len(p), 10000)])
-        self.p, self.text, self.tokens = p.to(device), text.to(device), tokens.to(device)
+        self.source, self.prepare, N = table.captions, prepare, len(p)
+        self.crc, keys, blocks = 0, [], torch.arange(N).split(10000)
+
+        def tokens():
+            for rows in blocks:
+                texts = [self.caption(row) for row in rows.tolist()]
+                joined = "\n" * (len(keys) > 0) + "\n".join(texts)
+                self.crc = zlib.crc32(joined.encode(), self.crc)
+                # 8 bytes stand for a text: equal for two others with probability N^2 / 2^65
+                keys.append(torch.tensor([int.from_bytes(hashlib.blake2b(
+                    text.encode(), digest_size=8).digest(), "big", signed=True) for text in texts]))
+                yield tokenizer(texts)
+
+        self.tokens = Tokens(tokens(), device)
+        self.crc = zlib.crc32(p.numpy().tobytes(), self.crc)
+        values, text = torch.cat(keys).unique(return_inverse=True)
+        first = torch.full((len(values),), N).scatter_reduce(0, text, torch.arange(N), "amin")
+        text = first.argsort().argsort()[text]
+        self.images, self.distinct = first_rows(p), len(values)
+        self.N_I, self.N_T = len(self.images), N
+        self.p, self.text = p.to(device), text.to(device)
+
+    def caption(self, row):
+        """The caption of a row as it is trained with."""
+        return self.prepare(self.source[row])
 
 
 def in_memory(data, table, limit=20000):
@@ -869,7 +911,7 @@ def retrieval_picture(path, data, pairs, retrieved, n=5):
     pixels = iter(data.pixels(data.test, images, data.args.image_size, True))  # in this order
 
     def text(row, mark=""):
-        return textwrap.shorten(f"{mark}{pairs.captions[row]}", 72, placeholder=" ...")
+        return textwrap.shorten(f"{mark}{pairs.caption(row)}", 72, placeholder=" ...")
 
     rows = []
     for i, best in zip(shown.tolist(), best_T):
@@ -891,7 +933,7 @@ def tau_picture(path, objective, model, data, pairs):
     if hasattr(objective, "net_I"):  # of the test set
         X = common.extract_features(model, data, data.test.select(pairs.images), True,
                                     select=lambda out: out[0])
-        tau = [objective.net_I(X), objective.net_T(encode(model, pairs.tokens))]
+        tau = [objective.net_I(X), objective.net_T(encode(model, pairs.tokens[:]))]
     if tau[0] is None or common.rank() > 0 or (plt := common.pyplot()) is None:
         return
     tau = [x.detach().double().cpu().numpy() for x in tau]

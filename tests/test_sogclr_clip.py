@@ -2,6 +2,7 @@
 of the authors' code are in test_golden.py."""
 import json
 import math
+import zlib
 from types import SimpleNamespace
 from unittest import mock
 
@@ -765,6 +766,31 @@ def captions(tmp_path):
     return root
 
 
+@pytest.mark.parametrize(("vocabulary", "bytes_a_token"), [(49408, 2), (65536, 2), (70000, 4)])
+def test_tokens_are_kept_at_their_length(vocabulary, bytes_a_token):
+    """Exactly the tokens that the tokenizer gave, zeros inside a row too, in 2 bytes each."""
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randint(1, vocabulary, (n, 9), generator=g) for n in (4, 3)]
+    parts[1][0, 0] = vocabulary - 1
+    for x in parts:
+        x[:, 5:], x[1], x[2, 2], x[2, 8] = 0, 0, 0, 7
+    tokens, whole = sogclr_clip.Tokens(iter(parts), "cpu"), torch.cat(parts)
+    assert torch.equal(tokens[:], whole.int()) and tokens[:1].dtype == torch.int32
+    rows = torch.tensor([6, 2, 2, 0])
+    assert torch.equal(tokens[rows], whole[rows].int())
+    assert tokens.flat.element_size() == bytes_a_token and len(tokens.flat) == 19 + 14
+
+
+def test_equal_captions_have_one_id_in_order_of_appearance(monkeypatch):
+    texts = ["b", "a", "b", "c", "a", "A"] * 5000  # three blocks
+    table = common.Table(dict(label=torch.zeros(30000, dtype=torch.long)), {},
+                         torch.zeros(30000, 1), captions=texts)
+    pairs = sogclr_clip.Pairs(table, lambda x: torch.ones(len(x), 2), "cpu")
+    assert pairs.text.tolist() == [0, 1, 0, 2, 1, 1] * 5000 and pairs.distinct == 3
+    joined = "\n".join(t.lower() for t in texts).encode()
+    assert pairs.crc == zlib.crc32(joined + torch.arange(30000).numpy().tobytes())
+
+
 def test_ids_of_captions(captions):
     """p counts images in order of first appearance, q is the row; the same from all formats."""
     args = SimpleNamespace(image_size=16)
@@ -778,7 +804,7 @@ def test_ids_of_captions(captions):
         table = common.captions_table(captions, file)
         pairs = sogclr_clip.Pairs(table, tokenizer, "cpu")
         assert pairs.p.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3, 4, 5, 5, 6, 7, 7]
-        assert (pairs.N_I, pairs.N_T) == (8, 15) and pairs.captions[0] == "caption 0 of image 2"
+        assert (pairs.N_I, pairs.N_T) == (8, 15) and pairs.caption(0) == "caption 0 of image 2"
         assert pairs.images.tolist() == [0, 3, 4, 6, 9, 10, 12, 13]
         assert pairs.text.tolist() == list(range(15)) and args
     test = sogclr_clip.Pairs(common.captions_table(captions, "test.json"), tokenizer, "cpu")
