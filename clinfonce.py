@@ -73,7 +73,7 @@ RECIPES = {
         kmeans_warmup=10, knn_every=8),
     "cifar10": dict(CIFAR, dataset="cifar10"),
     "cifar100": dict(CIFAR, dataset="cifar100"),
-    "fashion": dict(  # [K] product photographs with eight attributes, see README
+    "fashion": dict(  # [K] product photographs with eight attributes
         SMALL, dataset="npz", train_file="fashion_attributes_96.npz", image_size=64, epochs=10,
         label="articleType", clusters="attributes:2"),
     "utzappos": dict(ATTRIBUTES, stem="cifar",  # I(Z;T) = 1.604, H(Z|T) = 6.210, H(T) = 3.309 [A]
@@ -273,7 +273,7 @@ def auxiliary_ids(table, args):
             raise common.BadInput(f"--clusters {name} needs --hierarchy FILE")
         name = f"label_gran_{name}"
     quality = {}
-    if name in ("instance", "kmeans", "-1"):  # differs from the released code: "-1" is one cluster
+    if name in ("instance", "kmeans", "-1"):  # the authors' "-1" is one cluster of all images
         ids = torch.arange(len(table))
     elif name in ("label", "0"):
         ids = label
@@ -421,7 +421,7 @@ def train(args):
         with common.autocast(args, device):
             z, q = network(*x, second=args.dual and epoch >= clusterings[0])  # (V, b, D)
         ids = clusters.ids[batch.rows]                          # (B,)
-        if args.loss == "ce":  # rows do not meet: the own ones, DDP takes the mean
+        if args.loss == "ce":  # independent rows: each process takes its own, DDP averages
             loss = F.cross_entropy(z[0], ids[batch.own])
         elif args.dual:
             loss = cl_infonce(common.gather(z), tau=args.tau, base_tau=args.tau)        # E5
@@ -492,7 +492,7 @@ def check(args):
                                       args.kmeans_every)]
     if args.clusters == "kmeans":
         if args.k < 2:
-            raise common.BadInput("--k 1 is only one cluster, so there are no negatives")
+            raise common.BadInput("--k 1 makes one cluster only, so there are no negatives")
         if not clusterings:
             raise common.BadInput(
                 f"K-means never runs in --epochs {args.epochs} with --kmeans-warmup "
@@ -503,17 +503,18 @@ def check(args):
     if args.schedule != "cosine":
         common.reject_unused(args, ["warmup"], f"by --schedule {args.schedule}")
     elif args.warmup > args.epochs:
-        raise common.BadInput(f"--warmup {args.warmup}: there are {args.epochs} epochs")
+        raise common.BadInput(f"--warmup {args.warmup} is more than --epochs {args.epochs}")
     if args.batch_size < 2 and args.loss != "ce":
-        raise common.BadInput("--batch-size 1 has no negatives; at least 2")
+        raise common.BadInput("--batch-size 1 has no negatives; use at least 2")
     if args.hierarchy and not args.clusters.startswith("level_"):
         raise common.BadInput("--hierarchy goes with --clusters level_L")
     if args.attributes and not args.clusters.startswith("attributes:"):
         raise common.BadInput("--attributes goes with --clusters attributes:K")
     if args.dual and (args.clusters != "kmeans" or args.loss == "ce"):
-        raise common.BadInput("--dual goes with --clusters kmeans and without --loss ce")
+        raise common.BadInput("--dual goes with --clusters kmeans but not with --loss ce")
     if args.loss == "ce" and args.clusters in ("kmeans", "instance", "-1"):
-        raise common.BadInput("--loss ce needs --clusters with a column of ids")
+        raise common.BadInput("--loss ce needs --clusters with a column of ids, not "
+                              f"{args.clusters}")
     if args.loss == "ce":
         common.reject_unused(args, ["tau", "base_tau"], "by --loss ce")
     if args.dual:

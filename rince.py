@@ -269,7 +269,7 @@ def class_ranks(data, args):
     for i in range(2, max(wanted, int(table.max())) + 1):
         if not (table == i).any():
             raise common.BadInput(
-                f"--similarity {args.similarity}: no pair of classes has rank {i}; take a lower "
+                f"--similarity {args.similarity}: no pair of classes has rank {i}; use a lower "
                 "--threshold" if args.similarity else
                 f"--ranks {' '.join(chain)}: no pair of classes has rank {i}; remove "
                 f"{chain[i - 1]}")
@@ -363,7 +363,7 @@ def train(args):
                 common.momentum_update(key, model, args.key_momentum)                   # E7
                 p = common.shuffled_keys(key_network, x[1], args, step)  # (B, D), no gradient
         y = ranks.ids[batch.rows]                               # (B,)
-        if args.loss == "ce":  # rows do not meet: the own ones, DDP takes the mean
+        if args.loss == "ce":  # independent rows: each process takes its own, DDP averages
             loss = F.cross_entropy(a, y[batch.own])
         else:
             keys, y_keys = (queue.keys, queue.labels) if args.queue else (p, None)
@@ -430,7 +430,7 @@ def check(args):
         raise common.BadInput("--similarity goes with --loss rince-* and one column of --ranks")
     if ranked and not args.similarity and len(args.ranks) < 2:
         raise common.BadInput(f"--ranks {args.ranks[0]} is one rank only: add a coarser column, or "
-                              "--similarity FILE, or take --loss scl-out")
+                              "--similarity FILE, or use --loss scl-out")
     if args.loss == "scl-superclass" and len(args.ranks) < 2:
         raise common.BadInput("--loss scl-superclass needs a coarser column at the end of --ranks")
     if args.rank2_positives == "cumulative" and (not ranked or args.loss == "rince-uni"):

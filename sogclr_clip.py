@@ -881,8 +881,8 @@ def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
     zeros = [(~Z.any(1)).sum().item() for Z in (X, Y)]
     if any(zeros) and not hasattr(data, "warned"):
         data.warned = True  # once a run
-        common.print_rank0(f"warning: {zeros[0]} features of images, {zeros[1]} of captions are "
-                           "zero")
+        common.print_rank0(f"warning: the features of {zeros[0]} images and {zeros[1]} captions "
+                           "are zero")
     names, y = table.classes.get(args.label), images.columns.get(args.label)
     if names and y is not None and (labelled := (y >= 0).to(data.device)).any():
         if args.zs_original:
@@ -1043,7 +1043,7 @@ def evaluate_checkpoint(args):
     else:
         checkpoint, folder = common.load_checkpoint(args.evaluate), Path(args.evaluate).parent
         if checkpoint.get("method") != args.method:
-            raise common.BadInput(f"{args.evaluate} is no checkpoint of {args.method}.py")
+            raise common.BadInput(f"{args.evaluate} is not a checkpoint of {args.method}.py")
         old, keep = checkpoint["args"], ["model", "loss", "image_size", "mean", "std"]
         if "dataset" not in given or args.dataset == old["dataset"]:
             keep += ["dataset", "data_dir", "train_file", "test_file", "image_root", "classes",
@@ -1109,7 +1109,7 @@ def check(args):
         value = getattr(args, name, None) if name in uses else None  # eps has no flag
         setattr(args, name, uses.get(name) if value is None else value)
     if args.optimizer == "lars":
-        raise common.BadInput("--optimizer lars: use adamw or sgd")
+        raise common.BadInput("--optimizer lars does not work here; use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
         raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
     common.check_ranges(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["warmup"],
@@ -1117,7 +1117,7 @@ def check(args):
     if args.tau_bounds is not None:
         low, high = args.tau_bounds
         if not 0 < low < high:
-            raise common.BadInput(f"--tau-bounds {low} {high}: 0 < low < high")
+            raise common.BadInput(f"--tau-bounds {low} {high}: must be 0 < low < high")
         if args.tau is not None and not low <= args.tau <= high and args.learn_tau != "none":
             raise common.BadInput(f"--tau {args.tau} is not within --tau-bounds {low} {high}")
 

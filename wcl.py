@@ -464,7 +464,8 @@ def check(args):
     if args.warmup >= args.epochs:
         raise common.BadInput(f"--warmup {args.warmup} must be shorter than --epochs {args.epochs}")
     if (args.weak_epochs or 0) > args.epochs:
-        raise common.BadInput(f"--weak-epochs {args.weak_epochs}: there are {args.epochs} epochs")
+        raise common.BadInput(f"--weak-epochs {args.weak_epochs} is more than --epochs "
+                              f"{args.epochs}")
     common.check_views(args, "weak_crop", "weak_jitter")
     if args.crops == 0:
         common.reject_unused(args, ["crop_k", "crop_positives", "gamma", "delta"],

@@ -54,7 +54,7 @@ def refused(refused_by):
     (["--tau", "nan"], ["--tau must be above 0"]),
     (["--warmup", "-1"], ["--warmup must be at least 0, got -1"]),
     (["--kmeans-warmup", "-2"], ["--kmeans-warmup must be at least 0, got -2"]),
-    (["--warmup", "2"], ["--warmup 2: there are 1 epochs"]),
+    (["--warmup", "2"], ["--warmup 2 is more than --epochs 1"]),
     (["--schedule", "exp", "--warmup", "0"], ["--warmup is not used by --schedule exp"]),
     (["--k", "5"], ["--k is not used without --clusters kmeans"]),
     (["--clusters", "kmeans", "--k", "5", "--kmeans-warmup", "9"], ["K-means never runs"]),

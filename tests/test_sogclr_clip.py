@@ -712,7 +712,8 @@ def test_features_that_are_zero_are_told_once(capsys):
     tokenizer, data, pairs = shapes_test_set()
     for _ in range(2):
         sogclr_clip.evaluate_clip(Means(zero=True), tokenizer, data, pairs)
-    assert capsys.readouterr().out == "warning: 3 features of images, 0 of captions are zero\n"
+    assert capsys.readouterr().out == (
+        "warning: the features of 3 images and 0 captions are zero\n")
     _, data, _ = shapes_test_set()
     sogclr_clip.evaluate_clip(Means(), tokenizer, data, pairs)
     assert not capsys.readouterr().out

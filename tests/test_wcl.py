@@ -680,7 +680,7 @@ def test_torchrun(tmp_path):
     (["--warmup", "2"], ["--warmup 2 must be shorter than --epochs 2"]),
     (["--warmup", "10"], ["--warmup 10 must be shorter than --epochs 2"]),
     (["--warmup", "-1"], ["--warmup must be at least 0"]),
-    (["--weak-epochs", "3"], ["--weak-epochs 3", "2 epochs"]),
+    (["--weak-epochs", "3"], ["--weak-epochs 3 is more than --epochs 2"]),
     (["--weak-epochs", "-1"], ["--weak-epochs must be at least 0"]),
     (["--weak-crop", "0", "1"], ["--weak-crop 0.0 1.0"]),
     (["--weak-jitter", "0.4", "0.4", "0.4", "0.6"], ["--weak-jitter", "0.6"]),
