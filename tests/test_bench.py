@@ -97,6 +97,7 @@ def test_search_agrees_with_a_direct_computation(measure):
     status, rows = measure("d")
     assert status == 0
     assert max(row["largest_error"] for row in rows.values()) < 1e-5
+    assert rows["kNN"]["same_class"] == 1
     # 80 directions with noise in 20 groups: between the noise alone and one group for all
     assert 0.2 < rows["K-means"]["objective"] < 0.95
 
@@ -110,7 +111,8 @@ def test_search_finds_errors(measure, monkeypatch):
 
     monkeypatch.setattr(clinfonce, "kmeans_torch", wrong_ids)
     monkeypatch.setattr(common, "knn_scores", lambda query, *more: knn_scores(-query, *more))
-    assert min(row["largest_error"] for row in measure("d")[1].values()) > 0.1
+    rows = measure("d")[1]
+    assert rows["K-means"]["largest_error"] > 0.1 and rows["kNN"]["same_class"] < 0.1
 
 
 def test_waits(measure):
