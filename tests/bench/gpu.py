@@ -14,8 +14,8 @@ e  Waits: how often a step waits for the device, by torch.cuda.set_sync_debug_mo
    tests/pretend_cuda.py counts it without a GPU.
 
 The scripts run as they are: this file only wraps the functions of common.py that every loop calls.
-Each row is saved once it is measured, and the same command goes on with the rows that are missing.
-To measure a row again, remove it from its file. A row that failed holds the error, and the exit
+No row begins after eight minutes. Each is saved at once; the same command goes on with the rest.
+To measure a row again, remove it from its JSON. A row that failed holds the error, and the exit
 status is then 1, as it is for a difference above the tolerance. Parts b to e keep torch's own
 setting of TF32, part a turns it off.
 """
@@ -228,9 +228,6 @@ class Steps:
                 module.main([*flags, "--out", f"{folder}/run"])
             except SystemExit:
                 raise RuntimeError(printed.getvalue().splitlines()[-1]) from None
-            finally:
-                while common._bars:
-                    common._bars.pop().close()
         return self
 
 
@@ -249,6 +246,32 @@ def reset_peak(device):
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+
+
+def seconds(device):
+    """The time when all work so far is done."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory(device):
+    """Peak MB: allocated on the GPU since `reset_peak`, or resident on the CPU."""
+    return common.memory_mb() if device == "cpu" else torch.cuda.max_memory_allocated() >> 20
+
+
+@contextlib.contextmanager
+def tf32_off():
+    """Inside, float32 is float32 on a GPU, also in convolutions."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before):
+            place.allow_tf32 = value
 
 
 # ---------------------------------------------------------------------------------- the parts
@@ -300,20 +323,6 @@ def part_a(bench):
             yield f"{name} {mode}", lambda name=name, mode=mode: compare(name, mode)
 
 
-@contextlib.contextmanager
-def tf32_off():
-    """Inside, float32 is float32 on a GPU, also in convolutions."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before):
-            place.allow_tf32 = value
-
-
 def part_b(bench):
     """Split."""
     toy, device = bench.device == "cpu", bench.device
@@ -327,17 +336,15 @@ def part_b(bench):
                 reset_peak(device)
                 steps.marks = [("data", steps.now())]
             elif done == warm + count:
-                parts = {k: ms / count for k, ms in steps.parts().items()}
-                found.update(parts=parts, ms=sum(parts.values()), memory_mb=memory(device))
+                found.update(steps.parts(), memory_mb=memory(device))
                 raise Finished
 
         with sources(**tables):
             steps.run(module, [*flags, "--batch-size", str(batch), "--device", device], at_step)
-        ms = found["ms"]
-        loss = found["parts"]["loss"] + found["parts"]["loss backward"]
-        return dict(images_per_s=1e3 * batch / ms, step_ms=ms, memory_mb=found["memory_mb"],
-                    loss_share=100 * loss / ms, **{f"{k} %": 100 * v / ms
-                                                   for k, v in found["parts"].items()})
+        peak, ms = found.pop("memory_mb"), sum(found.values())
+        return dict(images_per_s=1e3 * count * batch / ms, step_ms=ms / count, memory_mb=peak,
+                    loss_share=100 * (found["loss"] + found["loss backward"]) / ms,
+                    **{f"{part} %": 100 * v / ms for part, v in found.items()})
 
     flags = ["--amp", "auto", "--channels-last", "--workers", "0" if toy else str(bench.workers)]
     B = 16 if toy else 512
@@ -352,11 +359,6 @@ def part_b(bench):
         for name, (module, own, small) in FILES.items():
             yield f"{name} 224 px", lambda module=module, own=own + small * toy: split(
                 module, own + flags, b, dict(folder=photos))
-
-
-def memory(device):
-    """Peak MB: allocated on the GPU since `reset_peak`, or resident on the CPU."""
-    return common.memory_mb() if device == "cpu" else torch.cuda.max_memory_allocated() >> 20
 
 
 def part_c(bench):
@@ -377,10 +379,10 @@ def part_c(bench):
             per_epoch = state["log"].steps_per_epoch
             if done == per_epoch:
                 reset_peak(device)
-                found["begin"] = seconds(device)
+                found["epoch_s"] = -seconds(device)
             elif done == 2 * per_epoch:
                 end = seconds(device)
-                found.update(seconds=end - found["begin"], images=per_epoch * batch,
+                found.update(epoch_s=found["epoch_s"] + end, images=per_epoch * batch,
                              memory_mb=memory(device))
                 found.update(evaluate(), knn_s=seconds(device) - end)
                 raise Finished
@@ -389,20 +391,11 @@ def part_c(bench):
         with mock.patch.dict(common.SOURCES, {name: load}):
             steps.run(module, [*flags, "--batch-size", str(batch), "--device", device, "--data-dir",
                                bench.data_dir], at_step)
-        return dict(pixels=name if real and not toy else "random", epoch_s=found["seconds"],
-                    images_per_s=found["images"] / found["seconds"], images=found["images"],
-                    knn_s=found["knn_s"], knn_top1=found["knn_top1"],
-                    memory_mb=found["memory_mb"])
+        return dict(found, images_per_s=found["images"] / found["epoch_s"],
+                    pixels=name if real and not toy else "random")
 
     for name, (module, own, small) in CIFAR.items():
         yield name, lambda module=module, own=own + small * toy: epoch(module, own)
-
-
-def seconds(device):
-    """The time when all work so far is done."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def part_d(bench):
