@@ -2,11 +2,11 @@
 Representations, ICLR 2022, arXiv 2202.06670; earlier version arXiv 2106.02869).
 
 Auxiliary information (attributes, a class hierarchy) or K-means on the features gives every image a
-cluster id Z. Views of images in the same cluster are positives of each other (Fig. 1 [3]). The
+cluster id Z. Views of images in the same cluster are positives of each other (Fig. 1 [A]). The
 equations are those of the authors' code. The paper's equation numbers could not be found, so the
 labels E1 to E8 are this project's. (The second label is for the pair weights in the authors' code.
-No training uses them, so they are only in tests/test_golden.py.) How sure a reference is: [A] from
-the authors' code or README, [3] from a third party. Z is the paper's symbol, the others are ours.
+No training uses them, so they are only in tests/test_golden.py.) Z is the paper's symbol, the rest
+are ours. [A] marks what the authors' repository says; the paper itself could not be read.
 
     u_a . u_c / T = s_ac,  A(a) = all views but a,  P(a) = views in A(a) of a's cluster
     l_a = -(T/T0) 1/|P(a)| sum_{c in P(a)} [ s_ac - log sum_{c' in A(a)} exp s_ac' ]         E1

@@ -1,9 +1,9 @@
 """RINCE (Hoffmann, Behrmann, Gall, Brox, Noroozi: Ranking Info Noise Contrastive Estimation:
 Boosting Contrastive Learning via Ranked Positives, AAAI 2022, arXiv 2201.11736).
 
-Positives have ranks (Fig. 1 [T]): rank 1 is the anchor's class, rank 2 are related classes, and so
-on; all others are negatives. Term i pulls rank i towards the anchor and pushes higher ranks and
-negatives away. It leaves out lower ranks, so it does not push them away. The equations are those of
+Similarity is not binary (Fig. 1 [T]), so positives have ranks: rank 1 is the anchor's class, rank 2
+are related classes, and so on; all others are negatives. Term i pulls rank i towards the anchor and
+pushes higher ranks and negatives away, but not lower ranks. The equations are those of
 the authors' code. The paper's equation numbers could not be found, so the labels E1 to E8 are this
 project's. P_i, tau_i, p are the paper's symbols [3]; its query q is a here, its h(q, p) is a . p.
 How sure a reference is: [T] the paper's own text, [3] as a third party restates it.

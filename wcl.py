@@ -6,8 +6,8 @@ keeps that task on one head. On a second head it links every image of the batch 
 neighbour. The connected components of that graph are weak labels, and the labels of each view
 supervise the OTHER view (Sec. 3, Fig. 2 [T]). The equations are those of the authors' code. The
 paper's equation numbers could not be found, so the labels E1 to E9 are this project's. Multi-crop
-(E9) is our reconstruction. x^m, h^m, F, g, phi, y^m, L_NCE, L_swap are the symbols of Fig. 2. How
-sure a reference is: [T] the paper's own text or figure, [A] its authors' README, [3] a third party.
+(E9) is our reconstruction. x^m, h^m, F, g, phi, y^m, L_NCE, L_swap are symbols of Fig. 2 [A]. How
+sure a reference is: [T] the paper's own text, [A] its authors' repository, [3] a third party.
 
     h^m = F(x^m), z^m = g(h^m) / |g(h^m)|, v^m = phi(h^m) / |phi(h^m)|, views m = 1, 2
     Z^m, V^m: the z^m, v^m of the whole batch, i, j, k its rows
