@@ -526,7 +526,8 @@ class Table:
         if name in self.refused:
             raise BadInput(self.refused[name])
         if name not in self.columns:
-            raise BadInput(f"no column {name!r} in {self.source}; the data set has: "
+            where = "" if self.source == "the data set" else f" in {self.source}"
+            raise BadInput(f"no column {name!r}{where}; the data set has: "
                            f"{', '.join(self.columns)}")
         self.used.add(name)
         return self.columns[name]
@@ -1171,19 +1172,6 @@ SOURCES = {"shapes": _shapes, "shapes-views": _shapes, "cifar10": _cifar, "cifar
            "captions": _captions}
 
 
-def label_columns(args, name, tables, flag="--label"):
-    """Columns int64 (N,) of the training and the test table; BadInput that names the file whose
-    table has no such column, or not one row with a value."""
-    for split, table in zip(("train", "test"), tables):
-        where = vars(args).get(f"{split}_file") or f"the {split} images of {args.data_dir}"
-        if name not in table.columns and any(name in t.columns for t in tables):
-            raise BadInput(f"{flag} {name}: {where} has no such column; it has: "
-                           f"{', '.join(table.columns)}")
-        if flag != "--label" and table.column(name).max() < 0:
-            raise BadInput(f"{flag} {name}: no row of {where} has a value")
-    return [table.column(name) for table in tables]
-
-
 def fingerprint(table):
     """Dict that tells two sources apart: the number of images, and CRCs of their file names (but
     for the folder that all lie in) or pixels, of the captions, and of every column and its names.
@@ -1228,7 +1216,7 @@ def load(args, device):
     share_names(train, test)
     for table in (train, test):
         table.fingerprint = fingerprint(table)
-    labels = label_columns(args, args.label, (train, test))[0]
+    labels, _ = (table.column(args.label) for table in (train, test))
     if args.limit_train is not None:
         train = train.select(balanced_rows(labels, args.limit_train, args.seed))
     for table in (train, test):
@@ -2204,9 +2192,11 @@ def atomic_write(path, write, previous=None):
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         if isinstance(error, RuntimeError):  # torch.save raises it after the OSError of a write
             error = error.__context__ or error
         reason = getattr(error, "strerror", None) or error

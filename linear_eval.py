@@ -32,8 +32,10 @@ Shapes: N training images, D width of the backbone, C classes, G points of the g
 """
 import argparse
 import os
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,6 +77,7 @@ RECIPES = {
 }
 
 RANKS = (1, 5, 10, 20)  # of R@k
+PART = 2 ** 16  # rows of --features at a time
 
 # ---------------------------------------------------------------------------------- rows
 
@@ -89,14 +92,16 @@ def load_labelled(args, device):
     # batch 1: common.Data checks that the batch fits, which is known once the rows are chosen
     any_size = argparse.Namespace(**{**vars(args), "batch_size": 1})
     whole = common.load(any_size, device)
-    labels = whole.train.column(args.label)
+    notes, labels = whole.train.notes + whole.test.notes, whole.train.column(args.label)
+    if args.mode == "features":  # of all images, with a label or without
+        return whole, whole.train.classes.get(args.label) or [], notes
     ids, counts = labels[labels >= 0].unique(return_counts=True)
     ids = ids[counts >= args.min_per_class]
     if len(ids) < 2:
         raise common.BadInput(f"--label {args.label} has {len(ids)} classes with --min-per-class "
                               f"{args.min_per_class} training images; two are needed (a flat "
                               "folder has no labels)")
-    tables, notes = [], whole.train.notes + whole.test.notes
+    tables = []
     for name, table in (("training", whole.train), ("test", whole.test)):
         rows = torch.isin(table.column(args.label), ids).nonzero().flatten()
         if not len(rows):
@@ -160,6 +165,7 @@ def standardizer(x):
     def standardize(x, rows, device):
         part = x[rows.to(x.device)].to(device, non_blocking=True).float()
         return F.pad((part - mean.to(device)) / std.to(device), (0, 1), value=1.0)
+    standardize.mean, standardize.std = mean, std
     return standardize
 
 
@@ -240,8 +246,10 @@ def evaluate_features(args, data, h, classes, device):
                         for rows in torch.arange(len(y_test)).split(2 ** 13)])
     common.check_finite(f"fast probe with lr {choice['lr']:g}: the logits", logits)
     knn = common.knn_top1(query, y_test, bank, y, args)
+    weight = W[:-1, 0].cpu() / standardize.std.cpu()[:, None]  # of features as they are
     return dict(knn=dict(top1=knn), probe=top_k_accuracy(logits, y_test), choice=choice,
-                retrieval=retrieval)
+                retrieval=retrieval, fc=dict(
+                    weight=weight.T, bias=W[-1, 0].cpu() - standardize.mean.cpu() @ weight))
 
 
 # ---------------------------------------------------------------------------------- SGD probe
@@ -295,7 +303,8 @@ def train_probe(args, data, backbone, classes, device):
                                loss=sum(losses) / len(losses)))
             bar.set_postfix({k: f"{v:.4g}" for k, v in epochs[-1].items()}, refresh=False)
             losses = []
-    return dict(last=epochs[-1], best_on_test=max(epochs, key=lambda e: e["top1"]), epochs=epochs)
+    return dict(last=epochs[-1], best_on_test=max(epochs, key=lambda e: e["top1"]), epochs=epochs,
+                fc=fc.state_dict())
 
 
 def top_k_accuracy(logits, y):
@@ -332,6 +341,106 @@ def retrieval_picture(path, args, data, h, names, queries=8, near=8):
                       f"green: the same {args.label}, red: another; {common.source(args)}", lines)
 
 
+def write_features(args, data, backbone, h=None):
+    """The npz of --features: `train_` and `test_` features (N, D), rows (of the source), labels
+    (-1: none) and paths (of files, below --data-dir), and classes, the names of the labels.
+
+    Written by PART rows at a time, which all processes compute, or from h, (train, test).
+    """
+    def parts(table, x):
+        for rows in torch.arange(len(table)).split(PART):
+            part = x[rows.to(x.device)] if h else common.extract_features(
+                backbone, data, table.select(rows))
+            part = part.to("cpu", getattr(torch, args.features_type))
+            common.check_finite(f"features as {args.features_type}", part)
+            yield part.numpy()
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            def member(name, array):
+                with archive.open(f"{name}.npy", "w") as part:
+                    np.lib.format.write_array(part, np.asarray(array), allow_pickle=False)
+
+            member("classes", [str(c) for c in data.train.classes.get(args.label) or []])
+            for split, table, x in tables:
+                member(f"{split}_rows", table.index)
+                member(f"{split}_labels", table.columns[args.label])
+                if table.paths:
+                    member(f"{split}_paths", [os.path.relpath(p, args.data_dir)
+                                              for p in table.paths])
+                with archive.open(f"{split}_features.npy", "w", force_zip64=True) as whole:
+                    for i, part in enumerate(parts(table, x)):
+                        if i == 0:
+                            np.lib.format.write_array_header_1_0(whole, dict(
+                                descr=part.dtype.str, fortran_order=False,
+                                shape=(len(table), part.shape[1])))
+                        whole.write(part.tobytes())
+
+    tables = list(zip(("train", "test"), (data.train, data.test), h or (None, None)))
+    if common.rank() == 0:
+        common.atomic_write(Path(args.features), write)
+    else:
+        for _, table, x in tables:
+            for _ in parts(table, x):
+                pass
+
+
+def embedding_picture(args, h, labels, names, most=4000):
+    """The PNG of --embedding: features h (N, D), L2-normalized, on their two first principal
+    components, at most `most` points, drawn by seed. labels (N,), -1: none, gray."""
+    if (plt := common.pyplot()) is None:
+        raise common.RunFailed("--embedding needs matplotlib")
+    x = F.normalize(h.double().cpu(), dim=1)
+    x -= x.mean(0)
+    variance, axes = torch.linalg.eigh(x.T @ x)
+    axes = axes[:, -2:].flip(1)  # (D, 2), the first component first
+    axes *= axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # else the sign is arbitrary
+    share = 100 * variance.flip(0)[:2] / variance.sum()
+    rows = torch.randperm(len(x), generator=common.generator(args.seed, 0, "embedding"))[:most]
+    points, y = (x[rows] @ axes).numpy(), labels[rows].cpu()
+    shown = [c for c in y.unique().tolist() if c >= 0]
+    few = len(shown) <= 10
+    colours = [plt.get_cmap("tab10" if few else "turbo")(i if few else (i + 0.5) / len(shown))
+               for i in range(len(shown))]
+    figure, axis = plt.subplots(figsize=(8 if few else 9.5, 7), layout="constrained")
+    axis.scatter(*points.T, s=14, alpha=0.65, lw=0, color=[
+        colours[shown.index(c)] if c >= 0 else "0.8" for c in y.tolist()])
+    for c, colour in zip(shown, colours):
+        name = str(names[c]) if names else str(c)
+        if few:
+            axis.annotate(name, np.median(points[y == c], 0), ha="center", va="center", size=11,
+                          weight="bold", bbox=dict(boxstyle="round", fc="white", ec=colour, lw=1.5,
+                                                   alpha=0.8))
+        axis.scatter([], [], s=40, color=colour, label=name)
+    if 10 < len(shown) <= 60:
+        figure.legend(loc="outside right center", fontsize=8, frameon=False,
+                      ncols=1 + (len(shown) > 30))
+    axis.spines[:].set_visible(False)
+    network = "untrained network" if args.checkpoint == "none" else args.checkpoint
+    axis.set(xticks=[], yticks=[], ylabel=f"second, {share[1]:.0f} %",
+             xlabel=f"first principal component, {share[0]:.0f} % of the variance")
+    axis.set_title(f"{common.source(args)}: test images by {args.label}\n{network}", fontsize=10)
+    common.atomic_write(Path(args.embedding),
+                        lambda file: figure.savefig(file, dpi=120, format="png"))
+    plt.close(figure)
+
+
+def save_files(args, data, backbone, h, fc, names):
+    """Write what --save, --features and --embedding ask for; h: (train, test) features or None."""
+    if args.features:
+        write_features(args, data, backbone, h)
+    if args.embedding:
+        h_test = h[1] if h else common.extract_features(backbone, data, data.test)
+    if common.rank() > 0:
+        return
+    if args.embedding:
+        embedding_picture(args, h_test, data.test.columns[args.label], names)
+    if args.save:
+        weights = {**backbone.state_dict(), **{f"fc.{k}": x for k, x in fc.items()}}
+        common.atomic_write(Path(args.save), lambda file: torch.save(
+            {k: x.cpu().contiguous() for k, x in weights.items()}, file))
+
+
 # ---------------------------------------------------------------------------------- evaluation
 
 
@@ -343,12 +452,19 @@ def evaluate(args, checkpoint):
         raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
     if args.mode == "fast":
         common.reject_unused(args, ["micro_batch"], "by --mode fast")
+    if args.mode == "features" and not (args.features or args.embedding):
+        raise common.BadInput("--mode features writes --features or --embedding: name a file")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
+    for flag in ("save", "features", "embedding"):
+        if (file := getattr(args, flag)) and Path(file).exists() and not path.is_file():
+            raise common.BadInput(f"--{flag} {file} exists; name a new file")
     data, names, notes = load_labelled(args, device)
     notes += common.data_notes(checkpoint, args, data)
     for column in dict.fromkeys([*args.retrieval_labels, args.label]):
-        bank = (common.label_columns(args, column, (data.train, data.test), "--label" if column ==
-                                     args.label else "--retrieval-labels")[0] >= 0).sum()
+        bank, queries = ((t.column(column) >= 0).sum() for t in (data.train, data.test))
+        if column in args.retrieval_labels and not (bank and queries):
+            raise common.BadInput(f"--retrieval-labels {column}: no image of "
+                                  f"{(data.test if bank else data.train).source} has a value")
         if args.mode == "fast" and bank < RANKS[-1]:
             notes.append(f"column {column}: {', '.join(f'R@{k}' for k in RANKS if k > bank)} left "
                          f"out, as only {bank} training images have a value")
@@ -358,12 +474,14 @@ def evaluate(args, checkpoint):
     if common.rank() == 0:
         print("\n".join([description, *notes]), flush=True)
 
-    if args.mode != "fast":
+    results, h = {}, None
+    if args.mode in ("linear", "finetune"):
         results = train_probe(args, data, backbone, len(names), device)
     if args.mode == "fast" or args.picture is not None:
         h = [common.extract_features(backbone, data, t) for t in (data.train, data.test)]
     if args.mode == "fast":
         results = evaluate_features(args, data, h, len(names), device)
+    save_files(args, data, backbone, h, results.pop("fc", {}), names)
     if common.rank() > 0:
         return
     protocol = args.protocol or f"recipe {args.recipe}"
@@ -374,6 +492,9 @@ def evaluate(args, checkpoint):
         path, record, device, protocol=protocol, recipe=args.recipe, results=results,
         data=dict(train=len(data.train), test=len(data.test), classes=len(names), notes=notes))
     print(f"  {'results':26} {path}")
+    for flag in ("save", "features", "embedding"):
+        if getattr(args, flag):
+            print(f"  {flag:26} {getattr(args, flag)}")
     if args.picture is not None:
         image = Path(args.picture) if args.picture else path.with_suffix(".png")
         retrieval_picture(image, args, data, h, names)
@@ -390,7 +511,14 @@ def main(argv=None):
     add("--fraction", type=float, help="share of the training images, class-balanced, by seed; "
         "without --recipe: semi-1 below 0.05, else semi-10")
     add("--subset", help="file of the training images to use, one file name or row number a line")
-    add("--mode", default="fast", choices=["fast", "linear", "finetune"], help="see above")
+    add("--mode", default="fast", choices=["fast", "linear", "finetune", "features"],
+        help="see above; features: only --features and --embedding, of all images")
+    add("--save", metavar="FILE", help="save the backbone and the linear layer, `fc`, as a state "
+        "dict that torchvision loads")
+    add("--features", metavar="FILE.npz", help="save the features of all images that are used")
+    add("--features-type", default="float32", choices=["float16", "float32"])
+    add("--embedding", metavar="FILE.png", help="picture of the test features in two dimensions "
+        "(PCA), coloured by --label")
     add("--lrs", type=float, nargs="+", default=[1.0], help="fast: learning rates of the grid")
     add("--weight-decays", type=float, nargs="+", default=[0.0], help="fast: those of the grid")
     add("--lr-backbone", type=float, default=0.01, help="finetune; --lr is that of the new layer")

@@ -13,6 +13,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import write_folder
 from PIL import Image
 from ranks import blob_tables, close
 from torch import nn
@@ -372,25 +373,21 @@ def test_columns_of_one_split(tmp_path, capsys, monkeypatch):
         test.columns["huge"] = test.columns["colour"] * 10 ** 12
         test.columns["none"] = torch.full((96,), -1)
         train.columns["none"] = torch.arange(240) % 2
+        train.source, test.source = "a.npz", "b.npz"
         return train, test
 
     monkeypatch.setitem(common.SOURCES, "npz", tables)
-    argv = ["--checkpoint", "none", "--dataset", "npz", "--train-file", "a.npz", "--out",
-            str(tmp_path / "x.json")]
-    two = [*argv, "--test-file", "b.npz"]
-    assert "--label only: b.npz has no such column; it has: " in fails(
-        capsys, *two, "--label", "only")
-    assert "--label pattern: the test images of data has no such column" in fails(
-        capsys, *argv, "--label", "pattern")
-    assert "--retrieval-labels only: b.npz has no such column" in fails(
-        capsys, *two, "--retrieval-labels", "coarse", "only")
-    assert "--retrieval-labels none: no row of b.npz has a value" in fails(
+    two = ["--checkpoint", "none", "--dataset", "npz", "--train-file", "a.npz", "--test-file",
+           "b.npz", "--out", str(tmp_path / "x.json")]
+    for argv in (["--label", "only"], ["--retrieval-labels", "coarse", "only"]):
+        assert "no column 'only' in b.npz; the data set has: " in fails(capsys, *two, *argv)
+    assert "--retrieval-labels none: no image of b.npz has a value" in fails(
         capsys, *two, "--retrieval-labels", "none")
     assert not (tmp_path / "x.json").exists()
     # ids may be of any size: the figures are those of the ids from 0
-    one = run(tmp_path, *two[:-4], *two[-2:], "--label", "colour", "--retrieval-labels", "huge",
+    one = run(tmp_path, *two[:-2], "--label", "colour", "--retrieval-labels", "huge",
               name="one.json")["results"]
-    other = run(tmp_path, *two[:-4], *two[-2:], "--label", "huge", name="two.json")["results"]
+    other = run(tmp_path, *two[:-2], "--label", "huge", name="two.json")["results"]
     assert one["retrieval"]["huge"] == one["retrieval"]["colour"] == other["retrieval"]["huge"]
     assert one["knn"] == other["knn"] and one["probe"] == other["probe"]
 
@@ -680,7 +677,24 @@ def case_probe(folder):
         ("linear", True, 2), ("finetune", False, 3))}
 
 
-CASES = dict(probe=case_probe)
+def case_features(folder):
+    """The npz, written 5 rows at a time, of a network without BatchNorm."""
+    path = f"{folder}/features{common.world()}.npz"
+    args = flags("--checkpoint", "none", "--image-size", "8", "--features", path, "--batch-size",
+                 "16")
+    data = common.Data(*blob_tables(args), args, CPU)
+    with mock.patch.object(linear_eval, "PART", 5):
+        linear_eval.write_features(args, data, network_of(False))
+    if common.rank() > 0:
+        return None
+    with np.load(path) as file:
+        found = {k: torch.from_numpy(file[k]) for k in file if k != "classes"}
+    whole = common.extract_features(network_of(False), data, data.train) if common.world() == 1 \
+        else None
+    return found, whole, data.train.columns["label"]
+
+
+CASES = dict(probe=case_probe, features=case_features)
 results = ranks.pool(__name__)
 
 
@@ -703,6 +717,107 @@ def test_parts_of_a_batch_give_the_same_training(results, N):
     for key, state in of_N.items():  # all processes end with the same weights
         for rank in range(N):
             close(results[N][rank]["probe"][key]["0.0.weight"], state["0.0.weight"])
+
+
+@pytest.mark.parametrize("N", ranks.NS)
+def test_processes_write_one_file_of_features(results, N):
+    found, whole, labels = results[N][0]["features"]
+    one, whole, _ = results[1][0]["features"]
+    assert found["train_features"].dtype == torch.float32
+    close(found["train_features"], whole)
+    close(found["test_features"], one["test_features"])
+    assert torch.equal(found["train_labels"], labels)
+    assert found["train_rows"].tolist() == list(range(len(labels)))
+
+
+# ---------------------------------------------------------------------------------- files
+
+
+def test_features_of_files(tmp_path, capsys, monkeypatch):
+    """All images, with a label or without; paths; float16; the parts make the whole."""
+    root = write_folder(tmp_path / "images", {"train/a": 3, "train/b": 4, "val/a": 2, "val/b": 1})
+    argv = ["--checkpoint", "none", "--dataset", "folder", "--data-dir", str(root), "--mode",
+            "features", "--features", str(tmp_path / "f.npz")]
+    assert run(tmp_path, *argv, "--features-type", "float16")["results"] == {}
+    out = capsys.readouterr().out
+    assert f"  features                   {tmp_path}/f.npz" in out
+    with np.load(tmp_path / "f.npz") as file:
+        found = dict(file)
+    assert found["train_features"].shape == (7, 128) and found["train_features"].dtype == "float16"
+    assert found["test_paths"].tolist() == ["val/a/0000.png", "val/a/0001.png", "val/b/0000.png"]
+    assert found["train_labels"].tolist() == [0] * 3 + [1] * 4
+    assert found["test_rows"].tolist() == [0, 1, 2] and found["classes"].tolist() == ["a", "b"]
+    data = common.load(flags(*argv, "--batch-size", "1"), CPU)
+    torch.manual_seed(0)
+    whole = common.extract_features(common.resnet("resnet-tiny"), data, data.test)
+    np.testing.assert_allclose(found["test_features"], whole, rtol=1e-3)
+    # of 1e30 float16 makes inf: refused, and the file is not written
+    real = common.extract_features
+    monkeypatch.setattr(common, "extract_features", lambda *a, **k: real(*a, **k) * 1e30)
+    argv[-1] = str(tmp_path / "g.npz")
+    line = fails(capsys, *argv, "--features-type", "float16", "--out", str(tmp_path / "g.json"),
+                 status=1)
+    assert "features as float16 are not finite" in line
+    assert not list(tmp_path.glob("g*"))
+    monkeypatch.undo()
+    argv[-1] = str(tmp_path / "f.npz")
+    assert f"--features {tmp_path}/f.npz exists; name a new file" in fails(
+        capsys, *argv, "--out", str(tmp_path / "new.json"))
+    assert "--mode features writes --features or --embedding" in fails(
+        capsys, "--checkpoint", "none", "--mode", "features", "--out", str(tmp_path / "n.json"))
+
+
+def test_features_of_the_fast_mode(tmp_path):
+    """Those that the figures were made of: of labelled rows, numbered from 0."""
+    run(tmp_path, "--checkpoint", "none", "--features", str(tmp_path / "f.npz"), "--fraction",
+        "0.5", "--recipe", "fast", "--embedding", str(tmp_path / "e.png"))
+    with np.load(tmp_path / "f.npz") as file:
+        assert file["train_features"].shape == (120, 128)
+        assert file["test_features"].shape == (96, 128) and "train_paths" not in file
+        data = linear_eval.load_labelled(flags(
+            "--checkpoint", "none", "--fraction", "0.5", "--recipe", "fast"), CPU)[0]
+        assert file["train_rows"].tolist() == data.train.index.tolist() != list(range(120))
+        assert file["train_labels"].tolist() == data.train.columns["label"].tolist()
+    with Image.open(tmp_path / "e.png") as picture:
+        assert picture.size == (1140, 840)
+        assert len(set(picture.convert("RGB").getdata())) > 100  # in colours
+
+
+def test_embedding_is_a_projection_on_principal_components(tmp_path, monkeypatch):
+    drawn, args = [], flags("--checkpoint", "none", "--embedding", str(tmp_path / "e.png"))
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(50, 6, generator=g) * torch.tensor([1.0, 4, 1, 1, 9, 1]) + 3
+    plt = common.pyplot()
+    monkeypatch.setattr(plt.Axes, "scatter", lambda self, x, y, **k: drawn.append((x, y)))
+    monkeypatch.setattr(plt.Figure, "legend", lambda *a, **k: None)
+    linear_eval.embedding_picture(args, h, torch.arange(50) % 3 - 1, ["a", "b"])
+    found = np.stack(drawn[0], 1)
+    x = F.normalize(h.double(), dim=1)
+    U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    rows = torch.randperm(50, generator=common.generator(0, 0, "embedding"))
+    np.testing.assert_allclose(np.abs(found), (U[:, :2] * S[:2])[rows].abs(), atol=1e-9)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "cifar", "semi-10"])
+def test_saved_networks_load_in_torchvision(tmp_path, recipe, capsys):
+    """The state dict of --save, loaded strictly, has the accuracy that the JSON gives."""
+    argv = ["--checkpoint", "none", "--arch", "resnet18", "--label", "coarse", "--recipe", recipe,
+            "--save", str(tmp_path / "n.pth"), "--fraction", "0.5", "--lr", "0.05"]
+    argv += ["--batch-size", "40", "--epochs", "1"] if recipe != "fast" else []
+    results = run(tmp_path, *argv)["results"]
+    theirs = torchvision.models.resnet18(num_classes=6)
+    theirs.load_state_dict(torch.load(tmp_path / "n.pth", weights_only=True), strict=True)
+    test = shapes_tables(None)[1]
+    with torch.no_grad():
+        logits = theirs.eval()((test.images / 255 - 0.5) / 0.25)
+    right = (logits.argmax(1) == test.columns["coarse"]).double().mean().item()
+    said = results["probe" if recipe == "fast" else "last"]["top1"]
+    assert 100 * right == pytest.approx(said, abs=1.1) and "fc" not in results  # one image: ties
+    assert f"  save                       {tmp_path}/n.pth" in capsys.readouterr().out
+    if recipe == "semi-10":  # it is evaluated, or begun with, as any other file
+        about = common.load_backbone("", common.load_checkpoint(tmp_path / "n.pth"))[1]
+        assert about["left_out"] == {"fc": 2} and about["arch"] == "resnet18"
+        assert "--save" in fails(capsys, *argv, "--out", str(tmp_path / "other.json"))
 
 
 def test_micro_batch_flag(tmp_path, capsys):
