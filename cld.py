@@ -42,6 +42,7 @@ Measured: demo 93 CPU seconds a process, kNN 11 -> 35 % (synthetic); c100-small 
 seconds. The results are in results/README.md. The GPU recipes have not been run at full length yet.
 """
 import copy
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -177,15 +178,18 @@ def cld(f, k, iters=5, tau=0.2, k_eigen=0, group_rows=0):
 
     Args:
         f: (2, B, D) unit-norm group features f_G of both views, with gradient.
-        k, iters, k_eigen: see `group`.
+        k, iters: see `group`.
+        k_eigen: 0 groups by k-means; above 0 by normalised cuts (E10) with that many eigenvectors.
         tau: T_G > 0.
         group_rows: number of rows that are grouped together, a divisor of B; 0: all rows.
     Returns: L_CLD, scalar; the group accuracy, scalar without gradient: the share of the rows of
         view 1 whose nearest centroid of view 2 is that of their group in view 2.
     """
     losses, hits = [], []
-    for views in upcast(f).unflatten(1, (-1, group_rows or f.shape[1])).unbind(1):  # (2, rows, D)
-        groups = [group(x, k, iters, k_eigen) for x in views]
+    f = upcast(f).unflatten(1, (-1, group_rows or f.shape[1]))  # (2, parts, rows, D)
+    points = cut_vectors(f, k_eigen) if k_eigen else f
+    for views, points_of in zip(f.unbind(1), points.unbind(1)):
+        groups = [group(x, k, iters, y) for x, y in zip(views, points_of)]
         for x, (ids, M) in zip(views, reversed(groups)):  # groups of the other view
             logits = x @ M.T / tau  # (rows, k); an empty group has logit 0, is never a target
             losses.append(F.cross_entropy(logits, ids))  # E7
@@ -196,15 +200,14 @@ def cld(f, k, iters=5, tau=0.2, k_eigen=0, group_rows=0):
 # ---------------------------------------------------------------------------------- grouping
 
 
-def group(x, k, iters, k_eigen=0):
+def group(x, k, iters, points=None):
     """Groups of the rows of x (N, D): ids (N,) int64 and centroids M (k, D) (E6).
 
     The gradient flows through M, as in the authors' code, not through the ids. (With detached
     centroids it is about half as large.) If k is larger than N, at least k - N groups are empty.
-    k_eigen: 0 for k-means, or the number of eigenvectors for normalised cuts (E10).
+    points: rows (N, d) that k-means groups instead of x, those of `cut_vectors`.
     """
-    points = cut_vectors(x, k_eigen) if k_eigen else x
-    ids = kmeans(points, k, iters)
+    ids = kmeans(x if points is None else points, k, iters)
     return ids, centroids(x, ids, k)
 
 
@@ -237,17 +240,18 @@ def affinity(x, sigma=1.0):
 
 @torch.no_grad()
 def cut_vectors(x, k_eigen, sigma=1.0):
-    """Rows to group by normalised cuts: Y (N, k_eigen), column 0 all ones (E10).
+    """Rows to group by normalised cuts: Y (..., N, k_eigen), column 0 all ones (E10).
 
     The first eigenvectors of L = D^-1/2 (D - W) D^-1/2, times D^-1/2, over the scalar Y[0, 0].
+    Args: x (..., N, D); one call for several sets of rows waits for the device once.
     """
     # if features are not finite, check_loss stops the run with a message; eigh must not fail first
-    W = affinity(x.nan_to_num(), sigma)
-    d = W.sum(1).clamp(min=1e-12)  # a zero row is connected to nothing
+    W = torch.stack([affinity(part, sigma) for part in x.nan_to_num().view(-1, *x.shape[-2:])])
+    d = W.sum(2).clamp(min=1e-12)  # a zero row is connected to nothing
     root = d.rsqrt()
-    L = root[:, None] * (torch.diag(d) - W) * root
-    Y = root[:, None] * torch.linalg.eigh(L).eigenvectors[:, :k_eigen]  # ascending eigenvalues
-    return Y / Y[0, 0]
+    L = root[:, :, None] * (torch.diag_embed(d) - W) * root[:, None]
+    Y = root[:, :, None] * torch.linalg.eigh(L).eigenvectors[..., :k_eigen]  # ascending eigenvalues
+    return (Y / Y[:, :1, :1]).view(*x.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------------------------- model
@@ -381,13 +385,10 @@ def jigsaw_augmentation(args):
 
 
 def jigsaw(batch, args):
-    """Patches (b, 9, 3, s, s) and their order (b, 9), drawn for the whole batch."""
-    cell, side = jigsaw_sizes(args.image_size)
+    """Patches (b, 9, 3, s, s) and their order (b, 9)."""
     x = common.augment(batch.extra[0])[0]  # (b, 3, 3 cell, 3 cell)
-    random, B = common.generator(args.seed, batch.step, "jigsaw"), args.batch_size
-    at = torch.randint(cell - side + 1, (B, 9, 2), generator=random)[batch.own].to(x.device)
-    order = torch.rand(B, 9, generator=random).argsort(1)[batch.own].to(x.device)
-    return cut_patches(x, at, side), order
+    patches = cut_patches(x, batch.drawn["at"], jigsaw_sizes(args.image_size)[1])
+    return patches, batch.drawn["order"]
 
 
 # ---------------------------------------------------------------------------------- training
@@ -422,7 +423,8 @@ def train(args):
         common.start_run(state, args, data, aug, evaluate)
 
     views = 2 if args.base in ("npid", "byol") else 3  # MoCo, InfoMin: two queries and the key
-    for batch in data.batches(first_step, steps, aug, views, extra):
+    for batch in data.batches(first_step, steps, aug, views, extra,
+                              lambda step, own: draw(step, own, len(data.train), args)):
         step = batch.step
         x = common.augment(batch)                               # (V, b, 3, S, S), this process
         with common.autocast(args, device):
@@ -490,8 +492,9 @@ def npid_loss(f, bank, batch, args):
     bank."""
     if not args.nce:
         return sum(npid(v, bank.V, batch.rows[batch.own], args.tau) for v in f) / 2  # E2
-    exps = [exp_similarity(v, bank.V, sample_negatives(batch, i, len(bank.V), args), args.tau)
-            for i, v in enumerate(f)]  # (b, 1 + m) each
+    own = batch.rows[batch.own, None]  # column 0: the image itself
+    exps = [exp_similarity(v, bank.V, torch.cat([own, drawn], 1), args.tau)
+            for v, drawn in zip(f, batch.drawn["negatives"])]  # (b, 1 + m) each
     if batch.step == 0:
         bank.set_Z(exps[0])
     return sum(npid_nce(e / bank.Z, len(bank.V)) for e in exps) / 2  # E3
@@ -511,12 +514,17 @@ def make_memory(args, n, device):
     return None, common.Queue(rows.to(device))
 
 
-def sample_negatives(batch, view, n, args):
-    """Rows of the bank (b, 1 + m) for E3: the image itself, then m drawn with replacement."""
-    random = common.generator(args.seed, batch.step, f"nce {view}")
-    idx = torch.randint(n, (args.batch_size, args.nce), generator=random)  # of the whole batch
-    rows = batch.rows[batch.own]
-    return torch.cat([rows[:, None], idx[batch.own].to(rows.device)], 1)
+def draw(step, own, n, args):
+    """Random numbers of a step, drawn for the whole batch, for its rows `own`: where InfoMin's
+    patches are, `at` (b, 9, 2), and their `order` (b, 9); E3's `negatives` of both views, rows
+    (b, m) of the bank of n, with replacement."""
+    B, random = args.batch_size, functools.partial(common.generator, args.seed, step)
+    if args.base == "infomin":
+        (cell, side), random = jigsaw_sizes(args.image_size), random("jigsaw")
+        at = torch.randint(cell - side + 1, (B, 9, 2), generator=random)
+        return dict(at=at[own], order=torch.rand(B, 9, generator=random).argsort(1)[own])
+    return dict(negatives=[torch.randint(n, (B, args.nce), generator=random(f"nce {i}"))[own]
+                           for i in (0, 1) if args.nce])
 
 
 def learning_rate(step, steps_per_epoch, args):

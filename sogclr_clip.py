@@ -166,7 +166,7 @@ def difference(S):
 
 def log_average(log_old, log_new, gamma):
     """log of (1 - gamma) old + gamma new (E10)."""
-    gamma = torch.as_tensor(gamma, dtype=log_new.dtype, device=log_new.device)
+    gamma = torch.zeros_like(log_new) + gamma
     return torch.logaddexp(torch.log(1 - gamma) + log_old, torch.log(gamma) + log_new)
 
 
@@ -179,7 +179,7 @@ def estimate(V, z, log_u, gamma, negative, floor, add=torch.logaddexp, terms=Non
     n, terms = negative.sum(1).to(z.dtype), negative if terms is None else terms
     log_g = z.masked_fill(~terms, -math.inf).logsumexp(1) - n.log()  # E6: FastCLIP Eq. (1) [T]
     log_u = log_average(log_u, log_g, gamma)  # E7 as E10: FastCLIP Eq. (2) [T]
-    log_den = add(log_u, torch.as_tensor(floor, dtype=z.dtype, device=z.device))  # E11
+    log_den = add(log_u, torch.zeros_like(log_u) + floor)  # E11
     # with the new u, as LibAUC's SogCLR [A]; its text on iSogCLR [A] has the old u
     w = torch.exp(z - log_den[:, None]).masked_fill(~terms, 0) / n[:, None]  # E8
     return (w * V).sum(1).mean(), log_u, log_den, (w * z).sum(1)  # E9
@@ -372,7 +372,7 @@ class Shared:
     """Decoded images (N_I, 3, H, W) of a table whose rows are captions: row r has image of[r]."""
 
     def __init__(self, pixels, of):
-        self.pixels, self.of = pixels, of
+        self.pixels, self.of, self.shape = pixels, of, (len(of), *pixels.shape[1:])
 
     def __getitem__(self, rows):
         return self.pixels[self.of[rows]]
@@ -608,11 +608,11 @@ class Objective(nn.Module):
         if state != self.data:
             raise ValueError(f"its tables belong to other data: {state}, here {self.data}")
 
-    def forward(self, X, Y, p, q, negative, step, epoch):
+    def forward(self, X, Y, p, q, negative, step, epoch, drawn):
         """Loss of the batch and scalars for the log. `update` stores the new state afterwards.
 
         Args: X, Y (B, D) features of images and texts; p, q (B,) their ids; negative (B, B) bool,
-        symmetric; step; epoch from 0.
+        symmetric; step; epoch from 0; drawn, what `draw` gives, on the device.
         """
         args, loss = self.args, self.args.loss
         self.pending, self.scalars = [], {}
@@ -640,12 +640,12 @@ class Objective(nn.Module):
             self.scalars = dict(log_n=log_n, log_p=log_p)
             return L, stats
         if loss == "hybrid":
-            return self.hybrid(X, Y, p, q, S, negative, gamma, step, epoch)
+            return self.hybrid(X, Y, p, q, S, negative, gamma, epoch, drawn)
         if loss == "isogclr-v2":
             self.scalars["log_r"] = log_average(self.log_r, positives(S.diagonal().detach()),
                                                 first_visit(self.log_r, epoch, gamma))
-        L_I, stats_I = self.direction("I", X, p, S, negative, gamma, step, epoch)
-        L_T, stats_T = self.direction("T", Y, q, S.T, negative, gamma, step, epoch)
+        L_I, stats_I = self.direction("I", X, p, S, negative, gamma, step, epoch, drawn)
+        L_T, stats_T = self.direction("T", Y, q, S.T, negative, gamma, step, epoch, drawn)
         L, stats = L_I + L_T, dict(stats, **stats_I, **stats_T)
         if loss == "sogclr-mine":
             L_mine, log_v = mine(S, negative, self.log_v, args.tau,
@@ -657,14 +657,14 @@ class Objective(nn.Module):
             stats["mi_dv"] = S.diagonal().mean() / args.tau - log_v
         return L, stats
 
-    def direction(self, side, f, ids, S, negative, gamma, step, epoch):
+    def direction(self, side, f, ids, S, negative, gamma, step, epoch, drawn):
         """Loss of one direction, "I" or "T", with features f (B, D), and scalars for the log."""
         args, loss, table, G = self.args, self.args.loss, getattr(self, side), None
         old = table[ids]
         u, b, tau = old["log_u"], old.get("b"), old.get("tau", args.tau)  # (B,), or a number
         gamma, rho, eps = first_visit(u, epoch, gamma), args.rho, args.eps
         if loss in ("isogclr-tempnet", "isogclr-v1"):
-            tau = self.predict(side, f.detach(), step)  # (B,), with gradient
+            tau = self.predict(side, f.detach(), step, drawn[side])  # (B,), with gradient
         if loss == "sogclr":
             L, u, b = sogclr(S, negative, u, b, tau, gamma, eps)
         elif loss == "sogclr-dro":
@@ -694,26 +694,40 @@ class Objective(nn.Module):
         shown = new if G is None else dict(new, tau=tau)  # this step's tau, not the new one
         return L, {f"{k}_{side}": v.mean() for k, v in shown.items() if k != "b"}
 
-    def predict(self, side, f, step):
+    def draw(self, step, B):
+        """Random numbers of a step, on the CPU: for I and T the units (B, D) that dropout keeps, or
+        at most 1024 rows of the bank; empty for losses without either."""
+        drawn = {}
+        for side in "IT":
+            net, table = getattr(self, f"net_{side}", None), getattr(self, side)
+            random = common.generator(self.args.seed, step, f"dropout {side}" if net else "bank")
+            if net:
+                draw = torch.rand(B, net.proj.in_features, generator=random)
+                drawn[side] = draw >= net.dropout
+            elif hasattr(table, "bank"):
+                drawn[side] = torch.arange(table.N) if table.N <= 1024 else torch.randint(
+                    table.N, (1024,), generator=random).unique()
+        return drawn
+
+    def predict(self, side, f, step, keep):
         """tau (B,) from a network. Its prototypes start as features of the first batch."""
         net = getattr(self, f"net_{side}")
         if step == 0:
             with torch.no_grad():
                 h = net.hidden(f)[:len(net.prototypes)]
                 net.prototypes[:len(h)] = h
-        draw = torch.rand(f.shape, generator=common.generator(
-            self.args.seed, step, f"dropout {side}"))
-        return net(f, (draw >= net.dropout).to(f.device))
+        return net(f, keep)
 
-    def hybrid(self, X, Y, p, q, S, negative, gamma, step, epoch):
+    def hybrid(self, X, Y, p, q, S, negative, gamma, epoch, drawn):
         """HybridSogCLR as we understand it (E23a-c). The released code computes something else and,
         at most steps, nothing."""
         B, D = X.shape
         tau, base = self.args.tau * (1 + S.detach().std().tanh()), 0.0
-        for f, ids, table, sims, others, bank in ((X, p, self.I, S, q, self.T),
-                                                  (Y, q, self.T, S.T, p, self.I)):
+        for f, ids, table, sims, others, bank, rows in (
+                (X, p, self.I, S, q, self.T, drawn["T"]),
+                (Y, q, self.T, S.T, p, self.I, drawn["I"])):
             old = table[ids]
-            rows, usable = self.bank_rows(bank, others, step)
+            usable = self.usable_rows(bank, rows, others)
             wide = torch.cat([sims, f @ bank.bank[rows].T], 1)  # (B, B + K)
             mask = torch.cat([negative, usable.expand(B, -1)], 1)
             L, log_u = info_sogclr(wide, mask, old["log_u"], tau,
@@ -726,15 +740,11 @@ class Objective(nn.Module):
         # 0.1 tau: base is in units of similarity, diff in nats
         return base + 0.1 * cov + 0.1 * tau * diff, dict(tau=tau, base=base, cov=cov, diff=diff)
 
-    def bank_rows(self, table, batch, step, K=1024):
-        """At most K random rows of a bank, and a mask of the usable ones: seen before and not in
-        this batch."""
-        rows = torch.arange(table.N)
-        if table.N > K:
-            rows = torch.randint(table.N, (K,), generator=common.generator(
-                self.args.seed, step, "bank")).unique()
-        rows = rows.to(batch.device)
-        return rows, (table.log_u[rows] > -math.inf) & ~torch.isin(rows, batch)
+    @staticmethod
+    def usable_rows(table, rows, batch):
+        """Mask of the rows (K,) of a bank that were seen before and are not in this batch (B,)."""
+        # torch.isin would wait for the device
+        return (table.log_u[rows] > -math.inf) & (rows[:, None] != batch).all(1)
 
     def update(self):
         """Store the new state of the last forward pass."""
@@ -822,11 +832,12 @@ def class_weights(prompts):
 
 
 @torch.no_grad()
-def encode(model, tokens, block=256):
+def encode(model, tokens, args, block=256):
     """Unit features (n, D) of tokens (n, L) on the device; every process computes all of them."""
     was_training = model.training
     model.eval()
-    Y = torch.cat([model(None, part)[1] for part in tokens.split(block)])
+    with common.autocast(args, tokens.device, evaluation=True):
+        Y = torch.cat([model(None, part)[1] for part in tokens.split(block)])
     common.check_finite("features of captions", Y)
     model.train(was_training)
     return F.normalize(Y, dim=1)
@@ -875,7 +886,7 @@ def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
     if pairs:
         group = pairs.p if square else pairs.text
         texts = torch.arange(pairs.N_T) if square else first_rows(pairs.text)
-        Y = encode(model, pairs.tokens[texts])
+        Y = encode(model, pairs.tokens[texts], args)
         retrieved = X, Y, group[pairs.images], group[texts], texts
         result, chance = retrieval(*retrieved[:4])
     zeros = [(~Z.any(1)).sum().item() for Z in (X, Y)]
@@ -891,7 +902,7 @@ def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
             X = common.extract_features(model, own, images, **options)
         names, templates = zero_shot_prompts(args, names)
         tokens = tokenizer([prepare(t.replace("{}", c)) for c in names for t in templates])
-        Z = encode(model, tokens.to(data.device)).unflatten(0, (len(names), -1))
+        Z = encode(model, tokens.to(data.device), args).unflatten(0, (len(names), -1))
         ks = (1, min(5, len(names)))
         logits = X[labelled] @ class_weights(Z).T
         right = common.accuracy(logits, y.to(data.device)[labelled], ks)
@@ -933,7 +944,7 @@ def tau_picture(path, objective, model, data, pairs):
     if hasattr(objective, "net_I"):  # of the test set
         X = common.extract_features(model, data, data.test.select(pairs.images), True,
                                     select=lambda out: out[0])
-        tau = [objective.net_I(X), objective.net_T(encode(model, pairs.tokens[:]))]
+        tau = [objective.net_I(X), objective.net_T(encode(model, pairs.tokens[:], data.args))]
     if tau[0] is None or common.rank() > 0 or (plt := common.pyplot()) is None:
         return
     tau = [x.detach().double().cpu().numpy() for x in tau]
@@ -967,7 +978,7 @@ def train(args):
     pairs, test = (Pairs(t, tokenizer, device) for t in (data.train, data.test))
     model = Towers(clip, normalize=args.loss != "vicreg")
     model = model.to(device, memory_format=common.memory_format(args))
-    objective = Objective(args, pairs, encode(model, pairs.tokens[:1]).shape[1]).to(device)
+    objective = Objective(args, pairs, encode(model, pairs.tokens[:1], args).shape[1]).to(device)
     network = common.distribute(model, args)
     optimizer, scaler = grouped_optimizer(args, model, objective), common.scaler(args, device)
     log = common.Log(args, data)
@@ -983,7 +994,8 @@ def train(args):
                            f"; test: {test.N_T} of {test.N_I}")
         common.start_run(state, args, data, aug, evaluate)
 
-    for batch in data.batches(first_step, steps, aug, views=1):
+    for batch in data.batches(first_step, steps, aug, views=1,
+                              draw=lambda step, own: objective.draw(step, args.batch_size)):
         step, epoch = batch.step, batch.step // data.steps_per_epoch  # epoch from 0
         images = common.augment(batch)[0]                       # (b, 3, S, S), this process
         p, q = pairs.p[batch.rows], batch.rows                  # (B,) ids of image and caption
@@ -991,7 +1003,7 @@ def train(args):
             x, t = network(images, pairs.tokens[q[batch.own]])  # (b, D) each
         x, t = common.gather(x), common.gather(t)               # (B, D), the same everywhere
         same = duplicate_mask(p, pairs.text[q]) if args.mask_repeats else own_pairs(p)
-        loss, stats = objective(x, t, p, q, ~same, step, epoch)
+        loss, stats = objective(x, t, p, q, ~same, step, epoch, batch.drawn)
 
         lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
         for group in optimizer.param_groups:

@@ -274,13 +274,16 @@ def train(args):
             z, v = network(*x, *crops)                          # (2 + C, b, D)
         z, zc = common.gather(z).split([2, args.crops])         # (2, B, D), (C, B, D)
         nce = info_nce(z, args.tau)                             # E1
-        loss, stats, features, y = args.alpha * nce, dict(nce=nce), dict(head1=z), None
+        loss, stats, features = args.alpha * nce, dict(nce=nce), dict(head1=z)
+        shown = None, None
         if args.beta > 0:
             v, vc = common.gather(v).split([2, args.crops])
             y = torch.stack([weak_labels(V) for V in v])        # (2, B): E2, E3
             swap = swapped(v, y, args.tau)                      # E5
             loss = loss + args.beta * swap                      # E6
             stats["swap"], features["head2"] = swap, v
+            # on the CPU when check_loss returns, and counted while the device works
+            shown = [x.to("cpu", non_blocking=True) for x in (y, batch.rows)]
         if args.crops:
             L_cNCE, L_cK = multi_crop(zc, vc, z, v, crop_positives(v, y, args), args.tau)
             loss = loss + args.gamma * L_cNCE + args.delta * L_cK                       # E9
@@ -293,7 +296,7 @@ def train(args):
         values = common.check_loss(loss, step, stats, features)
         scaler.step(optimizer)
         scaler.update()
-        log(step, **values, lr=lr, **label_quality(y, batch.rows, data, step))
+        log(step, **values, lr=lr, **label_quality(*shown, data, step))
 
         if common.end_step(step, state, args, data, evaluate):
             break

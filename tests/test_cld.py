@@ -269,10 +269,10 @@ def test_seeds_that_are_equal():
 def test_cuts_of_rows_that_are_zero_or_not_finite():
     x = features(12, views=1)[0]
     x[5] = 0
-    ids, M = cld.group(x, 3, 5, 3)
+    ids, M = cld.group(x, 3, 5, cld.cut_vectors(x, 3))
     assert M.isfinite().all() and ids.max() < 3
     x[2, 1] = math.nan  # no exception of the solver: the loss is NaN, which stops all ranks
-    ids, M = cld.group(x, 3, 5, 3)
+    ids, M = cld.group(x, 3, 5, cld.cut_vectors(x, 3))
     assert ids.min() >= 0 and ids.max() < 3 and M.isnan().any()
 
 
@@ -379,14 +379,10 @@ def test_initial_rows():
 
 def test_sampled_rows():
     args = parse("--nce", "500", "--batch-size", "8")
-    rows = torch.tensor([4, 0, 11, 3, 9, 2, 7, 1])
-    batch = SimpleNamespace(step=3, own=slice(4, 6), rows=rows)
-    idx = cld.sample_negatives(batch, 0, 12, args)
-    assert idx.shape == (2, 501) and torch.equal(idx[:, 0], rows[4:6])
-    assert sorted(idx[0].unique().tolist()) == list(range(12))
-    whole = cld.sample_negatives(SimpleNamespace(step=3, own=slice(0, 8), rows=rows), 0, 12, args)
-    assert torch.equal(idx, whole[4:6])  # the rows of this process
-    assert not torch.equal(idx, cld.sample_negatives(batch, 1, 12, args))
+    idx, other = cld.draw(3, slice(4, 6), 12, args)["negatives"]
+    assert idx.shape == (2, 500) and sorted(idx[0].unique().tolist()) == list(range(12))
+    assert torch.equal(idx, cld.draw(3, slice(0, 8), 12, args)["negatives"][0][4:6])  # own rows
+    assert not torch.equal(idx, other)
 
 
 # ------------------------------------------------------------------ networks
@@ -477,7 +473,8 @@ def test_jigsaw_of_a_batch():
     aug = cld.jigsaw_augmentation(args)
     assert (aug["size"], aug["crop"], aug["flip"]) == (9, (0.6, 1.0), 0.5)
     assert all(aug[k] == 0 for k in ("jitter_p", "gray", "blur", "solarize", "erase"))
-    batch = next(data.batches(5, 6, common.augmentation(args), 3, [(aug, 1)]))
+    batch = next(data.batches(5, 6, common.augmentation(args), 3, [(aug, 1)],
+                              lambda step, own: cld.draw(step, own, 16, args)))
     patches, order = cld.jigsaw(batch, args)
     assert patches.shape == (16, 9, 3, 2, 2)
     assert torch.equal(order.sort(1).values, torch.arange(9).expand(16, 9))
@@ -613,7 +610,8 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
     first = {k: v.clone() for k, v in net.state_dict().items()}
     data, aug = common.load(args, CPU), common.augmentation(args)
     extra = [(cld.jigsaw_augmentation(args), 1)] if name == "infomin" else []
-    batch = next(data.batches(0, 1, aug, 2 if name in ("npid", "nce", "byol") else 3, extra))
+    batch = next(data.batches(0, 1, aug, 2 if name in ("npid", "nce", "byol") else 3, extra,
+                              lambda step, own: cld.draw(step, own, 16, args)))
     x, rows, t = common.augment(batch), batch.rows, args.tau
     bank, queue = cld.make_memory(args, 16, CPU)
     key = cld.copy.deepcopy(net)
@@ -621,8 +619,8 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
     if name == "npid":
         instance = sum(F.cross_entropy(v @ bank.V.T / t, rows) for v in f) / 2
     elif name == "nce":
-        P = [(v[:, None] * bank.V[cld.sample_negatives(batch, i, 16, args)]).sum(2).div(t).exp()
-             for i, v in enumerate(f)]
+        P = [(v[:, None] * bank.V[torch.cat([rows[:, None], drawn], 1)]).sum(2).div(t).exp()
+             for v, drawn in zip(f, batch.drawn["negatives"])]
         Z, noise = 16 * P[0].mean().detach(), 9 / 16
         close(state["bank"]["Z"], Z, 1e-5)
         instance = -sum(((p[:, 0] / (p[:, 0] + noise * Z)).log() +

@@ -92,7 +92,7 @@ def steps(name, micro_batch=None, network=None, lr=0.0, count=3):
         x, t = network(normal(B, *shape, seed=10 + step)[own], normal(B, 4, seed=20 + step)[own])
         x, t = common.gather(x), common.gather(t)
         same = sogclr_clip.duplicate_mask(p, q % 7) if args.mask_repeats else ~distinct(B)
-        loss, stats = objective(x, t, p, q, ~same, step, step // 2)
+        loss, stats = objective(x, t, p, q, ~same, step, step // 2, objective.draw(step, B))
         for _, parameter in both:
             parameter.grad = None
         loss.backward()
@@ -266,7 +266,8 @@ def run_steps(args, batches):
     objective = sogclr_clip.Objective(args, sizes(), D).double()
     for step, (epoch, p, q) in enumerate(batches):
         x, t = (F.normalize(normal(len(p), D, seed=s + step), dim=1) for s in (30, 60))
-        loss, _ = objective(x, t, torch.tensor(p), torch.tensor(q), distinct(len(p)), step, epoch)
+        loss, _ = objective(x, t, torch.tensor(p), torch.tensor(q), distinct(len(p)), step, epoch,
+                            objective.draw(step, len(p)))
         objective.update()
     return objective, loss
 
@@ -340,7 +341,7 @@ def test_float32_at_a_temperature_of_0_005(loss):
     objective = sogclr_clip.Objective(args, sizes(), D)
     for step in range(4):
         x = F.normalize(normal(4, D, seed=step), dim=1).float().requires_grad_()
-        L, _ = objective(x, x + 1e-3, torch.arange(4), torch.arange(4), distinct(4), step, step)
+        L, _ = objective(x, x + 1e-3, torch.arange(4), torch.arange(4), distinct(4), step, step, {})
         L.backward()
         objective.update()
         assert x.grad.isfinite().all() and objective.I.log_u[:4].isfinite().all()
@@ -424,11 +425,13 @@ def test_the_bank_of_hybrid():
     close(objective.I.bank[1], F.normalize(x[0][1] + x[1][1], dim=0))
 
     def usable(table, batch, step):
-        rows, mask = objective.bank_rows(table, batch, step)
-        return rows[mask]
+        objective.I = table
+        rows = objective.draw(step, 3)["I"]  # of the table of images
+        return rows[objective.usable_rows(table, rows, batch)]
 
     assert usable(objective.I, torch.tensor([1, 4]), 7).tolist() == [0, 2, 3, 5]
     many = sogclr_clip.Table(5000, log_u=0)
+    many.register_buffer("bank", torch.zeros(5000, D))
     rows = usable(many, torch.arange(2500), 7)
     assert rows.min() >= 2500 and 300 < len(rows) == len(rows.unique()) < 600
     assert not torch.equal(rows, usable(many, torch.arange(2500), 8))
@@ -445,7 +448,8 @@ def test_repeats_are_no_negatives(loss):
     assert same.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
     objective = sogclr_clip.Objective(flags("--loss", loss), sizes(), D).double()
     t = (0.1 * normal(4, D)).requires_grad_()
-    L, _ = objective(torch.eye(4, D).double(), t, p, torch.arange(4), ~same, 1, 0)
+    x, drawn = torch.eye(4, D).double(), objective.draw(1, 4)
+    L, _ = objective(x, t, p, torch.arange(4), ~same, 1, 0, drawn)
     grad, = torch.autograd.grad(L, t)
     assert torch.equal(grad.T[:4] != 0, ~same | torch.eye(4, dtype=torch.bool))
 
