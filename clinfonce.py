@@ -491,6 +491,9 @@ def check(args):
                    and cluster_epochs(epoch - int(args.dual), args.kmeans_warmup,
                                       args.kmeans_every)]
     if args.clusters == "kmeans":
+        if args.kmeans == "faiss" or args.kmeans == "auto" and (
+                args.device == "cpu" or not torch.cuda.is_available()):
+            common.require("faiss", "faiss-cpu, or use --kmeans torch", "K-means on the CPU")
         if args.k < 2:
             raise common.BadInput("--k 1 makes one cluster only, so there are no negatives")
         if not clusterings:

@@ -23,9 +23,12 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import errno
 import fcntl
 import functools
+import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -105,7 +108,9 @@ def run(train, parser, argv=None):
                 # to free their last tensors: the sleep lets them finish first, without a deadlock
                 time.sleep(0.1)
                 dist.destroy_process_group()
-    except (BadInput, RunFailed) as error:
+    except (BadInput, RunFailed, RuntimeError, OSError) as error:
+        if not isinstance(error, (BadInput, RunFailed)):
+            error = _lost_worker(error)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
             text = " ".join(str(error).splitlines())  # messages of pandas have several lines
             print(f"{parser.prog}: error: {text}", file=sys.stderr, flush=True)
@@ -114,6 +119,21 @@ def run(train, parser, argv=None):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def _lost_worker(error):
+    """RunFailed if the error tells of a lost DataLoader worker or of a limit of the system; torch
+    raises it wherever the main process happens to be. Any other error is raised again."""
+    text = str(error).split("\n")[0].strip()
+    limits = ("DataLoader worker (pid", "Too many open files", "shared memory", "ancillary data")
+    if getattr(error, "errno", None) != errno.EMFILE and not any(word in text for word in limits):
+        raise error
+    # a loader that is only half made lacks this, and would print a traceback when it is freed
+    loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    loader._workers_status = collections.defaultdict(bool)
+    return RunFailed(f"a process that reads images was lost ({text}). It was killed, or memory, "
+                     "open files (ulimit -n) or /dev/shm (docker: --shm-size) are too small; fewer "
+                     "--workers need less", alone=True)
 
 
 def _ask(number, _):
@@ -130,6 +150,8 @@ def _start_worker(_):
         signal.signal(number, signal.SIG_IGN)
     while _locks:
         os.close(_locks.pop())
+    # without /dev/shm the thread that sends the batches fails: the main process would wait for ever
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 @atexit.register
@@ -152,6 +174,15 @@ def cpus():
     if given.isdigit() and int(given) > (1 if local_size > 1 else 0):
         return int(given)
     return max(1, CORES // local_size)
+
+
+def require(module, package, what):
+    """BadInput at the start of a run if a module that it needs later is not installed."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        raise BadInput(f"{what} needs {module}, which is not installed: pip install {package}"
+                       ) from None
 
 
 def setup(args):
@@ -453,6 +484,20 @@ def open_image(file):
     if twelve or image.mode[0] in "IF":
         raise ValueError(f"{image.format} in mode {image.mode}; save it with 8 or 16 bits")
     return image.convert("RGB")
+
+
+def image_fault(path):
+    """Why an image cannot be read, with its name in a tar archive; None if it can."""
+    try:
+        open_image(path)
+    except Exception as error:  # Pillow raises many kinds
+        reason, name = str(error).replace(f" {str(path)!r}", "") or type(error).__name__, ""
+        if member := MEMBER.fullmatch(path):
+            with contextlib.suppress(OSError), open(member[1], "rb") as shard:
+                shard.seek(int(member[2]) - 512)  # its header
+                name = shard.read(100).rstrip(b"\0").decode(errors="replace") + ": "
+        return name + reason
+    return None
 
 
 class Texts:
@@ -1335,8 +1380,20 @@ class Data:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for images in batches:
             if isinstance(images, str):
-                raise RunFailed(f"image {images} cannot be decoded: repair or remove it", True)
+                raise RunFailed(self._broken(images), alone=True)
             yield images
+
+    def _broken(self, first):
+        """What to say when an image is broken: all that are, as far as a minute suffices."""
+        until, broken, more = time.time() + 60, {}, True
+        tables = {id(t.paths): t.paths for t in (self.train, self.test) if t.paths is not None}
+        paths = itertools.chain([first], *tables.values())
+        with concurrent.futures.ThreadPoolExecutor(max(1, self.args.workers)) as pool:
+            while time.time() < until and (more := [*itertools.islice(paths, 256)]):
+                broken |= {p: fault for p, fault in zip(more, pool.map(image_fault, more)) if fault}
+        names = ", ".join(f"{p} ({fault})" for p, fault in [*broken.items()][:20])
+        return (f"image {names}{', ...' * (len(broken) > 20)} cannot be decoded ({len(broken)} of "
+                f"the {'images' if not more else 'first images'}): repair or remove it")
 
     def eval_batches(self, table, rows, size, resize, batch=256):
         """Images of `rows` for evaluation: float (n, 3, S, S) in 0..255, on the device.

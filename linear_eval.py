@@ -132,10 +132,8 @@ def subset_rows(table, args):
         name = os.path.basename(path)
         rows[name] = None if name in rows else row  # None: two images of that name
         rows[os.path.relpath(path, args.data_dir)] = row
-    try:
-        names = [s.strip() for s in Path(args.subset).read_text().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise common.BadInput(f"--subset {args.subset} cannot be read: {error}") from None
+    text = common.read_text(f"--subset {args.subset}", args.subset)
+    names = [s.strip() for s in text.split("\n")]
     for number, name in enumerate(names, 1):
         if name and rows.get(name) is None:
             raise common.BadInput(f"--subset {args.subset}, line {number}: {name!r} names no "

@@ -339,6 +339,7 @@ def evaluate(args, checkpoint):
             raise common.BadInput("name --outliers: another data set, NAME=FILE.npz or NAME=FOLDER")
         args.outliers = ["unseen"]
     common.check_ranges(args, above=["ridge", "k"], least=["bootstrap"])
+    common.require("faiss", "faiss-cpu", "the k-NN distance (G3)")
     common.reject_unused(args, ["micro_batch"], "by ood_eval.py, which trains nothing")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     data = load_inliers(args, device)

@@ -461,10 +461,9 @@ def in_memory(data, table, limit=20000):
 
 def towers(args):
     """The open_clip network and its tokenizer. Only a --pretrained tag needs a download."""
-    try:
-        import open_clip
-    except ImportError:
-        raise common.BadInput("open_clip is not installed: pip install open_clip_torch") from None
+    common.require("open_clip", "open_clip_torch", "CLIP")
+    import open_clip
+
     file = Path(args.pretrained or "").suffix in (".pt", ".pth", ".bin")
     if args.model in TINY:
         c = TINY[args.model]
@@ -852,10 +851,8 @@ def zero_shot_prompts(args, classes):
     if args.class_names == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES as names
     elif args.class_names:
-        try:
-            lines = [s.strip() for s in Path(args.class_names).read_text().split("\n")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise common.BadInput(f"--class-names {args.class_names}: {error}") from None
+        text = common.read_text(f"--class-names {args.class_names}", args.class_names)
+        lines = [s.strip() for s in text.split("\n")]
         names = [s for s in lines if s and "{}" not in s]
         templates = [s for s in lines if "{}" in s] or templates
     if len(names) != len(classes):

@@ -12,6 +12,8 @@ import math
 import os
 import resource
 import shutil
+import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -451,6 +453,17 @@ def test_deeply_nested_json(refused, folder):
             "recursion")
 
 
+@pytest.mark.parametrize(("module", "argv", "words"), [
+    ("faiss", ["--clusters", "kmeans", "--k", "4", "--kmeans-warmup", "1"],
+     ["K-means on the CPU needs faiss", "--kmeans torch"]),
+    ("pandas", ["--dataset", "captions", "--test-file", "x.parquet"], ["x.parquet cannot be read",
+                                                                       "pandas"])])
+def test_module_that_is_not_installed(refused, tmp_path, monkeypatch, module, argv, words):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, module, None)
+    refused([*SHAPES, *argv, *["--data-dir", tmp_path] * (module == "pandas")], *words)
+
+
 # ---------------------------------------------------------------------------------- failures
 
 
@@ -480,6 +493,49 @@ def test_broken_image_found_by_the_first_evaluation(refused, folder, tmp_path, w
         broken.write_bytes(content)
         refused([*argv, "--workers", workers], broken, "cannot be decoded", status=1)
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_broken_images_are_named_at_once(refused, tmp_path, workers):
+    """Empty, cut, no image, a bomb, and numbers too large for TIFF; in both splits."""
+    root = write_folder(tmp_path / "tree", {"train/cat": 40, "val/cat": 4})
+    whole = (root / "train/cat/0000.png").read_bytes()
+    tiff = b"II*\0\x08\0\0\0\x01\0\x00\x01\x05\0\x01\0\0\0\xff\xff\xff\xff"
+    width = whole.index(b"IHDR") + 4
+    bomb = whole[:width] + (30000).to_bytes(4, "big") * 2 + whole[width + 8:]
+    broken = {"train/cat/0003.png": b"", "train/cat/0017.png": whole[:60],
+              "train/cat/0030.png": b"<html>", "val/cat/0001.png": bomb, "val/cat/0002.png": tiff}
+    for name, content in broken.items():
+        (root / name).write_bytes(content)
+    refused([*FILES, "--dataset", "folder", "--data-dir", root, "--workers", workers],
+            "cannot be decoded (5 of the images)", *(root / name for name in broken), status=1)
+
+
+@pytest.mark.parametrize("how", ["killed", "no shared memory", "open files"])
+def test_reader_process_that_is_lost(refused, tmp_path, monkeypatch, how):
+    """One line and status 1; the second would hang for ever, the third print tracebacks."""
+    root = write_folder(tmp_path / "tree", {".": 40})
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    if how == "killed":
+        def end(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        monkeypatch.setattr(common, "open_image", end)
+    elif how == "no shared memory":
+        def full(storage):
+            raise RuntimeError("unable to allocate shared memory(shm)")
+        monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    argv = [*FILES, "--dataset", "folder", "--data-dir", root, "--workers", 2]
+    try:
+        if how == "open files":
+            used = max(int(name) for name in os.listdir("/proc/self/fd"))
+            while len(taken) <= used - 3:  # fills the numbers that are free
+                taken.append(open(os.devnull))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1].fileno() + 5, limits[1]))
+        refused(argv, "a process that reads images was lost", "--workers", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in taken:
+            file.close()
 
 
 def test_loss_that_is_not_finite(refused, tmp_path):

@@ -327,7 +327,7 @@ def test_subset(tmp_path, capsys):
     assert "line 2: 'cat.png' names no labelled training image" in fails(capsys, *argv)
     names.write_text("\n")
     assert "names no image" in fails(capsys, *argv)
-    assert "cannot be read" in fails(capsys, *argv[:-1], str(tmp_path / "gone.txt"))
+    assert "not found" in fails(capsys, *argv[:-1], str(tmp_path / "gone.txt"))
     assert "needs a --recipe" in fails(capsys, "--checkpoint", "none", "--subset", str(names))
 
     root = tmp_path / "images"  # files: by name, or by path where a name occurs twice
