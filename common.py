@@ -2216,6 +2216,8 @@ class Log:
                 "column ") or k.removeprefix("column ") in data.train.used}
                 for split, table in (("training", data.train), ("test", data.test))},
             **environment(data.device))
+        if "knn_queries" in args and len(rows := knn_queries(args, data.test)) < len(data.test):
+            self.header["data"]["notes"].append(f"kNN: {len(rows)} of {len(data.test)} test images")
 
     def state_dict(self):
         """What the checkpoint holds of the log."""
@@ -2636,9 +2638,14 @@ def _load_run(state, args):
 def start_run(state, args, data, aug, evaluate):
     """Before the first step: log the dict that evaluate() returns, save views.png, checkpoint."""
     with state["log"].pause():
-        state["log"].write(step=0, **evaluate())
+        state["log"].write(step=0, **_timed(evaluate))
         views_picture(data, aug, f"{args.out}/views.png")
         save_checkpoint(state, 0, args)
+
+
+def _timed(evaluate):
+    began, values = time.time(), evaluate()
+    return values | {"seconds": round(time.time() - began, 1)} if "knn_top1" in values else values
 
 
 def end_step(step, state, args, data, evaluate):
@@ -2649,7 +2656,7 @@ def end_step(step, state, args, data, evaluate):
     """
     if data.end_of_epoch(step, every=args.knn_every):
         with state["log"].pause():
-            state["log"].write(step=step + 1, **evaluate())
+            state["log"].write(step=step + 1, **_timed(evaluate))
     if should_stop() or data.end_of_epoch(step, every=args.save_every):
         save_checkpoint(state, step + 1, args)
     epoch, rest = divmod(step + 1, data.steps_per_epoch)
@@ -2817,7 +2824,9 @@ def extract_features(module, data, table, resize=False, select=None, normalize=F
     was_training = module.training
     module.eval()
     parts, large = [], False
-    for x in data.eval_batches(table, own, args.image_size, resize):
+    batches = progress(data.eval_batches(table, own, args.image_size, resize), desc=what, delay=30,
+                       total=-(-len(own) // 256), unit="batch", leave=False)  # none if it is quick
+    for x in batches:
         with autocast(args, data.device, evaluation=True):
             y = module((x - mean) / std)
         y = (y if select is None else select(y)).float()
@@ -2905,20 +2914,28 @@ def knn_top1(query, y_query, bank, y_bank, args):
     return 100 * all_reduce_sum(right).item() / len(query)
 
 
+def knn_queries(args, test):
+    """Rows of the test table that the kNN of a training classifies: those with a label, or, of more
+    than --knn-queries, that many, class-balanced, by seed."""
+    labels = test.column(args.label)
+    rows, most = (labels >= 0).nonzero().flatten(), vars(args).get("knn_queries") or 10_000
+    return rows if len(rows) <= most else rows[balanced_rows(labels[rows], most, args.seed)]
+
+
 def knn_accuracy(module, data, select=None):
     """Top-1 accuracy in percent of the weighted kNN, test rows in training rows; None if only one
     class occurs. Leaves out unlabelled rows (-1). select: see `extract_features`."""
     args = data.args
-    y_bank, y_query = (t.column(args.label).to(data.device) for t in (data.train, data.test))
-    if y_bank[y_bank >= 0].unique().numel() < 2 or not (y_query >= 0).any():
+    rows = knn_queries(args, data.test)
+    test = data.test.select(rows) if len(rows) < len(data.test) else data.test
+    y_bank, y_query = (t.column(args.label).to(data.device) for t in (data.train, test))
+    if y_bank[y_bank >= 0].unique().numel() < 2 or not len(rows):
         return None
     bank, query = (extract_features(module, data, t, select=select, normalize=True)
-                   for t in (data.train, data.test))
+                   for t in (data.train, test))
     if (known := y_bank >= 0).logical_not().any():  # no copy of a large bank where all are known
         bank, y_bank = bank[known.to(bank.device)], y_bank[known]
-    known = y_query >= 0
-    query, y_query = query.float().to(data.device)[known], y_query[known]
-    return knn_top1(query, y_query, bank, y_bank, args)
+    return knn_top1(query.float().to(data.device), y_query, bank, y_bank, args)
 
 
 def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20)):
@@ -3027,7 +3044,7 @@ def check_ranges(args, above=(), least=(), share=()):
                               (least, lambda x: 0 <= x < math.inf, "at least 0"),
                               (share, lambda x: 0 <= x <= 1, "in [0, 1]")):
         for name in names:
-            value = getattr(args, name)
+            value = getattr(args, name, None)
             if value is not None and not good(value):  # `not good` also refuses NaN
                 raise BadInput(f"{flag_name(name)} must be {text}, got {value}")
 
@@ -3110,6 +3127,8 @@ class Parser(argparse.ArgumentParser):
         if self.trains and method not in ("common", "sogclr_clip"):
             add("--init", metavar="FILE", help="begin with the weights of a checkpoint or state "
                 "dict; torchvision: its own for the --arch")
+            add("--knn-queries", type=int, help="of more labelled test images, kNN of this many, "
+                "class-balanced, by seed (default: 10000)")
         add("--epochs", type=int, default=20)
         add("--batch-size", type=int, default=256, help="B, over all processes")
         add("--micro-batch", type=int, metavar="N", help="at most N images of a view at a time "
@@ -3141,7 +3160,8 @@ class Parser(argparse.ArgumentParser):
         args.method, args.argv = self.method, argv
         args.out = args.out or f"runs/{args.method}-{args.recipe}-seed{args.seed}"
         check_ranges(args, above=["epochs", "batch_size", "micro_batch", "image_size", "log_every",
-                                  "knn_every", "save_every", "keep_every", "knn_k", "knn_t"],
+                                  "knn_every", "save_every", "keep_every", "knn_k", "knn_t",
+                                  "knn_queries"],
                      least=["seed", "threads", "workers", "lr", "weight_decay"],
                      share=["momentum", "jitter_p", "gray", "blur", "solarize", "erase"])
         if args.seed >= 2 ** 63 or args.momentum == 1:

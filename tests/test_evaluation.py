@@ -177,6 +177,28 @@ def test_knn_of_ids_of_any_size(monkeypatch):
         assert common.knn_accuracy(Angles(), data) == 100.0
 
 
+def test_knn_of_some_queries(monkeypatch):
+    """--knn-queries: labelled rows, as many of each class, the same ones every time, by seed."""
+    labels = ([0] * 40 + [3] * 8 + [-1] * 5) * 2
+    bank, query = ([0, 180], [0, 3]), ([0] * len(labels), labels)  # all queries fall to class 0
+    rows = {}
+    for seed, n in ((0, 10), (0, 10), (1, 10), (0, 20), (0, 97), (0, None)):
+        data = data_of(bank, query, "--knn-k", "1", "--seed", str(seed),
+                       *(["--knn-queries", str(n)] if n else []), monkeypatch=monkeypatch)
+        found = common.knn_queries(data.args, data.test)
+        assert torch.equal(rows.setdefault((seed, n), found), found)
+        chosen = torch.tensor(labels)[found]
+        counts = [(chosen == c).sum().item() for c in (0, 3, -1)]
+        assert counts == {10: [5, 5, 0], 20: [10, 10, 0]}.get(n, [80, 16, 0])
+        right = 100 * counts[0] / sum(counts)
+        assert common.knn_accuracy(Angles(), data) == pytest.approx(right)
+        log = common.Log(data.args, data)
+        assert log.header["data"]["notes"] == [f"kNN: {len(found)} of 106 test images"]
+    assert not torch.equal(rows[0, 10], rows[1, 10])
+    data = data_of(bank, ([0] * 10_100, [0, 3] * 5050), monkeypatch=monkeypatch)
+    assert len(common.knn_queries(data.args, data.test)) == 10_000  # the default
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_knn_of_a_network_that_is_not_finite(monkeypatch, value):
     data = data_of(([0, 10, 100], [0, 0, 2]), ([5, 50], [0, 2]), monkeypatch=monkeypatch)

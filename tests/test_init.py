@@ -69,6 +69,7 @@ def test_a_finished_run_is_trained_on(method, begin, tmp_path, capsys):
     assert f"--init {file}: 72 tensors of resnet-tiny" in out
     assert "heads: " + init["heads"][0] in out
     assert "kNN top-1    initial " in out
+    assert all(r["seconds"] >= 0 for r in lines if "knn_top1" in r)
     known = [[r["knn_top1"] for r in map(json.loads, open(tmp_path / name / "log.jsonl"))
               if "knn_top1" in r] for name in ("one", "two")]
     assert known[1][0] == known[0][-1]
@@ -142,6 +143,7 @@ def test_refusals(refused_by, tmp_path, run_main):
     file.write_bytes(b"x")
     refused([*FLAGS, "--init", file], f"{file} cannot be read")
     refused_by(sogclr_clip.main, ["--init", file], "--init")
+    refused([*FLAGS, "--knn-queries", "0"], "--knn-queries must be above 0, got 0")
     run_main(clinfonce.main, "run", FLAGS)
     line = refused([*FLAGS, "--epochs", "3"], "--epochs 1 -> 3",
                    f"--init {tmp_path}/run/checkpoint.pt --out NEW")
