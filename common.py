@@ -1,4 +1,4 @@
-"""What the method files share: everything that is not science.
+"""What the method files share: everything but the methods.
 
 1 Distributed   2 Data   3 Augmentation   4 Backbones and heads
 5 Optimisation  6 Checkpoint and log      7 Evaluation
@@ -200,7 +200,7 @@ def setup(args):
         raise BadInput(f"{local_size} processes on a machine with {gpus} GPU(s): use "
                        f"--nproc_per_node={gpus} or --device cpu")
     if args.batch_size < 1 or args.batch_size % size:
-        raise BadInput(f"--batch-size {args.batch_size} does not divide by {size} process(es)")
+        raise BadInput(f"--batch-size {args.batch_size} is not divisible by the {size} processes")
     torch.set_num_threads(args.threads or cpus())
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -2706,7 +2706,7 @@ def summary(log, args, title, first_step, extra_lines=(), panels=()):
         lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
     if should_stop():
         cause = "Ctrl-C" if _signal["asked"] == signal.SIGINT else "SIGTERM"
-        lines = [f"stopped by {cause} and saved to {folder}; the same command goes on"]
+        lines = [f"stopped by {cause} and saved to {folder}; run the same command to continue"]
     print_rank0("\n".join(lines))
 
 

@@ -138,7 +138,8 @@ def goes_on_exactly(run_main, tmp_path, capsys):
         assert "checkpoint   " in capsys.readouterr().out
         half = run_main(main, "stopped", argv, stop=5)
         assert capsys.readouterr().out.endswith(
-            f"stopped by SIGTERM and saved to {tmp_path}/stopped; the same command goes on\n")
+            f"stopped by SIGTERM and saved to {tmp_path}/stopped; run the same command to "
+            "continue\n")
         assert (half["step"], whole["step"]) == (6, 8)
         assert differences(whole, half)
         assert differences(whole, run_main(main, "stopped", argv)) == []

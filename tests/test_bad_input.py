@@ -113,7 +113,7 @@ def test_flags(refused, argv, words):
 def test_batch_that_does_not_divide(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    refused(SHAPES, "--batch-size 16 does not divide by 3 process(es)")
+    refused(SHAPES, "--batch-size 16 is not divisible by the 3 processes")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -544,7 +544,7 @@ def test_ranks_stop_together(results, N):
 
 def test_a_batch_that_does_not_divide(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(common.BadInput, match="--batch-size 16 does not divide by 3 process"):
+    with pytest.raises(common.BadInput, match="16 is not divisible by the 3 processes"):
         common.setup(flags())
 
 

@@ -482,7 +482,7 @@ def test_signals_save_with_workers(jobs, name):
     run = getattr(jobs, name).result()
     cause = "Ctrl-C" if name == "ctrl_c" else "SIGTERM"
     assert run.out.splitlines()[-1] == (
-        f"stopped by {cause} and saved to {run.folder}; the same command goes on"), run.err
+        f"stopped by {cause} and saved to {run.folder}; run the same command to continue"), run.err
     saved = checkpoint(run.folder)
     assert saved["step"] == max(logged_steps(run.folder)) > 0
     assert f'File "{CODE}' not in run.err  # torchrun has a traceback of its own, we have none

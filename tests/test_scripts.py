@@ -167,7 +167,7 @@ def test_variants_stop_and_go_on_exactly(run, name, tmp_path, capsys):
     assert "kNN top-1    untrained" in capsys.readouterr().out
     half = run("stopped", argv, stop=5)  # in the middle of epoch 2
     assert capsys.readouterr().out.endswith(
-        f"stopped by SIGTERM and saved to {tmp_path}/stopped; the same command goes on\n")
+        f"stopped by SIGTERM and saved to {tmp_path}/stopped; run the same command to continue\n")
     assert (half["step"], whole["step"]) == (6, 8)
     assert len(differences(whole, half)) > 20
     assert differences(whole, run("stopped", argv)) == []
@@ -282,7 +282,7 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(jobs):
     folder = jobs.folder
     assert (asked.status, last.status) == (0, 0)
     assert asked.out.endswith(
-        f"stopped by SIGTERM and saved to {folder}/asked; the same command goes on\n")
+        f"stopped by SIGTERM and saved to {folder}/asked; run the same command to continue\n")
     step = checkpoint(folder / "asked-copy")["step"]
     assert 20 <= step < STEPS and logged_steps(folder / "asked-copy") == list(range(1, step + 1))
     jobs.reference.result()
