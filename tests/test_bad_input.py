@@ -4,6 +4,7 @@
 says which words the line must hold. Exit status 2: the input cannot work, and the run folder is as
 it was before. Exit status 1: a failure during the run, and the last checkpoint is kept.
 """
+import contextlib
 import errno
 import functools
 import io
@@ -529,13 +530,14 @@ def test_reader_process_that_is_lost(refused, tmp_path, monkeypatch, how):
         if how == "open files":
             used = max(int(name) for name in os.listdir("/proc/self/fd"))
             while len(taken) <= used - 3:  # fills the numbers that are free
-                taken.append(open(os.devnull))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1].fileno() + 5, limits[1]))
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 5, limits[1]))
         refused(argv, "a process that reads images was lost", "--workers", status=1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for file in taken:
-            file.close()
+            with contextlib.suppress(OSError):
+                os.close(file)
 
 
 def test_loss_that_is_not_finite(refused, tmp_path):

@@ -3,8 +3,10 @@
 Every source is read from files that the test writes; image number i has one colour that tells i,
 so that an image, its row, its labels and its random parameters can be traced to each other.
 """
+import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -552,6 +554,124 @@ def test_caption_files_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(common.BadInput, match=f"(?s)c.json.*{words}"):
         common.captions_table(tmp_path, "c.json")
+
+
+def write_shard(path, samples):
+    """A tar archive of samples (name, ending -> bytes), as img2dataset writes them."""
+    with tarfile.open(path, "w") as tar:
+        for name, members in samples:
+            for ending, content in members.items():
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def encoded(i, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(image(i)).save(file, kind, **dict(lossless=True) if kind == "WEBP" else {})
+    return file.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of 30 and 20 pairs; image i has caption "number i"."""
+    for s, numbers_of in enumerate((range(30), range(30, 50))):
+        samples = [(f"{s:05}{i:04}", {
+            ("webp" if i % 3 else "png"): encoded(i, "WEBP" if i % 3 else "PNG"),
+            "json": json.dumps(dict(url="x", caption=f"number {i}")).encode(),
+            **({"txt": f"number {i}".encode()} if i % 2 else {})}) for i in numbers_of]
+        write_shard(tmp_path / f"{s:05}.tar", samples)
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", ["{00000..00001}.tar", "."])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_of_img2dataset(shards, names, workers):
+    data = read("--dataset", "captions", "--data-dir", shards, "--train-file", names,
+                "--test-file", "00001.tar", "--workers", workers)
+    assert numbers(data, data.train) == [*range(50)]
+    assert numbers(data, data.test) == [*range(30, 50)]
+    assert list(data.train.captions) == [f"number {i}" for i in range(50)]
+    assert column(data.train, "image_id") == [*range(50)] and set(column(data.train)) == {-1}
+    chosen = data.train.select(torch.tensor([49, 3]))
+    assert numbers(data, chosen) == [49, 3] and list(chosen.captions) == ["number 49", "number 3"]
+    batch = next(data.batches(7, 8, dict(PLAIN, size=32), views=1))
+    assert number(batch.images).tolist() == batch.rows.tolist()  # read by offset, in the order
+
+
+def test_headers_are_read_once_until_a_shard_changes(shards, monkeypatch):
+    def no_tar(*args, **options):
+        raise AssertionError("the index was not used")
+    first = common.captions_table(shards, ".")
+    assert sorted(p.name for p in shards.iterdir()) == [
+        f"0000{s}.tar{end}" for s in (0, 1) for end in ("", ".index.npz")]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.tarfile, "open", no_tar)
+        again = common.captions_table(shards, ".")
+    assert list(first.paths) == list(again.paths) and list(first.captions) == list(again.captions)
+    write_shard(shards / "00001.tar", [("a", dict(png=encoded(7), txt=b"new"))])
+    assert len(common.captions_table(shards, ".")) == 31
+    (shards / "00000.tar.index.npz").write_bytes(b"broken")
+    assert len(common.captions_table(shards, ".")) == 31
+
+
+def test_what_shards_leave_out_is_counted(tmp_path):
+    good = [(f"{i:03}", dict(png=encoded(1), txt=b"a cat")) for i in range(400)]
+    write_shard(tmp_path / "a.tar", [*good, ("x", dict(png=encoded(1))), ("z", dict(txt=b"no")),
+                                     ("y", dict(png=encoded(1), txt=b" "))])
+    table = common.captions_table(tmp_path, "a.tar")
+    assert len(table) == 400 and table.notes == [
+        f"{tmp_path}: 3 of 403 pairs left out, the first is {tmp_path}/a.tar: x: empty"]
+
+
+@pytest.mark.parametrize("broken", ["cut", "cut at a member", "header", "no tar", "missing"])
+def test_broken_shards_are_named(shards, broken):
+    file = shards / "00001.tar"
+    content = file.read_bytes()
+    with tarfile.open(file) as tar:
+        third = tar.getmembers()[2].offset
+    if broken == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": content[:third + 700], "cut at a member": content[:third],
+                          "header": content[:third] + b"7" * 512 + content[third + 512:],
+                          "no tar": b"<html>" * 999}[broken])
+    with pytest.raises(common.BadInput, match="00001.tar"):
+        common.captions_table(shards, "{00000..00001}.tar")
+
+
+def test_broken_member_is_named(shards):
+    table = common.captions_table(shards, "00000.tar")
+    shard, offset, size = table.paths[4].split(":")
+    with open(shard, "r+b") as file:
+        file.seek(int(offset))
+        file.write(bytes(20))
+    data = common.Data(table, table, flags(), CPU)
+    with pytest.raises(common.RunFailed, match="00000.tar:.*000000004.webp: .*cannot be decoded "
+                                               r"\(1 of the images\)"):
+        numbers(data, table)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_lists_of_img2dataset(tmp_path, kind):
+    """The format `files`: a list beside each folder of images; some were not downloaded."""
+    for s in (0, 1):
+        for i in range(3):
+            write_image(tmp_path / f"{s:05}/{s:05}{i:04}.jpg", 3 * s + i)
+        rows = dict(url=["x"] * 4, key=[f"{s:05}{i:04}" for i in range(4)],
+                    status=["success"] * 3 + ["failed_to_download"],
+                    caption=[f"number {3 * s + i}" for i in range(4)])
+        if kind == "parquet":
+            pytest.importorskip("pyarrow")
+            import pandas
+            pandas.DataFrame(rows).to_parquet(tmp_path / f"{s:05}.parquet")
+        else:
+            lines = [",".join(row) for row in zip(*rows.values())]
+            (tmp_path / f"{s:05}.csv").write_text("\n".join([",".join(rows), *lines]))
+    data = read("--dataset", "captions", "--data-dir", tmp_path, "--test-file",
+                "{00000..00001}." + kind)
+    assert numbers(data, data.train) == [*range(6)]
+    assert list(data.train.captions) == [f"number {i}" for i in range(6)]
 
 
 # ---------------------------------------------------------------------------------- rows
