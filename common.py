@@ -157,10 +157,9 @@ def _start_worker(_):
 @atexit.register
 def _end_workers():
     """Kill the workers that an error left, as they ignore the SIGTERM that Python sends them."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's would raise an error
-            child.kill()
+    for child in (c for c in multiprocessing.active_children() if c.daemon):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise an error
+        child.kill()
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1220,12 +1219,12 @@ SOURCES = {"shapes": _shapes, "shapes-views": _shapes, "cifar10": _cifar, "cifar
 
 def fingerprint(table):
     """Dict that tells two sources apart: the number of images, and CRCs of their file names (but
-    for the folder that all lie in) or pixels, of the captions, and of every column and its names.
+    for the folder that holds them all) or pixels, of the captions, of every column and its names.
     """
-    def crc(texts):
-        return functools.reduce(
-            lambda found, text: zlib.crc32(f"{text}\0".encode(errors="surrogatepass"), found),
-            texts, 0)
+    def crc(texts, found=0):
+        for text in texts:
+            found = zlib.crc32(f"{text}\0".encode(errors="surrogatepass"), found)
+        return found
 
     found = dict(images=len(table))
     if table.images is not None:
@@ -1247,13 +1246,12 @@ def changed_data(old, new):
 
 
 def data_notes(checkpoint, args, data):
-    """A list with a warning if the data set has changed since the checkpoint was trained on it."""
-    if args.dataset != checkpoint.get("args", {}).get("dataset"):
-        return []
-    changed = changed_data(checkpoint.get("data") or {}, dict(training=data.train.fingerprint,
-                                                              test=data.test.fingerprint))
-    return [f"warning: the checkpoint was trained with other data ({', '.join(changed)})"] * (
-        len(changed) > 0)
+    """A list with a warning if --dataset has changed since the checkpoint was trained on it."""
+    old = checkpoint["data"] if checkpoint.get("data") and (
+        checkpoint["args"]["dataset"] == args.dataset) else {}
+    new = dict(training=data.train.fingerprint, test=data.test.fingerprint)
+    changed = ", ".join(changed_data(old, new))
+    return [f"warning: the checkpoint was trained with other data ({changed})"] if changed else []
 
 
 def load(args, device):
@@ -2344,9 +2342,7 @@ def atomic_write(path, write, previous=None):
 
 def save_checkpoint(state, step, args, name=None):
     """Atomic checkpoint after `step` steps: weights, optimizer, tables, log, flags (rank 0).
-
-    Without a name it is checkpoint.pt, and the one before it becomes checkpoint.prev.pt.
-    """
+    Without a name it is checkpoint.pt, and the one before it becomes checkpoint.prev.pt."""
     if rank() == 0:
         checkpoint = dict(format=1, method=args.method, step=step, args=flags_dict(args),
                           state={name: part.state_dict() for name, part in state.items()})
@@ -2545,7 +2541,7 @@ def resume(state, args):
     log, whose `lines` is then 1. From now on SIGTERM and Ctrl-C save and stop.
 
     Returns: the number of steps done.
-    Errors: on all processes, BadInput if the folder holds a run with other flags or data (named) or
+    Errors: BadInput on all processes if the folder holds a run with other flags or data (named) or
     a broken checkpoint, if another process writes to it, or if the processes differ.
     """
     log = state["log"]
@@ -2582,18 +2578,16 @@ def _lock(path):
     """Make this process the one writer of the folder of `path`, until its end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.parent, os.O_RDONLY)
+        _locks.append(os.open(path.parent, os.O_RDONLY))
     except OSError as error:
         raise RunFailed(f"cannot write {path}: {error.strerror}") from None
-    _locks.append(lock)
     _open.callback(_unlock, path.parent)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"another process trains in {path.parent}: wait for it, end it, or use "
-                       "another --out") from None
-    except OSError:  # a file system without locks
-        return
+        fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # a file system without locks has other errors
+        if isinstance(error, BlockingIOError):
+            raise BadInput(f"another process trains in {path.parent}: wait for it, end it, or use "
+                           "another --out") from None
     for left in path.parent.glob("checkpoint*.tmp"):  # of a process that was killed
         left.unlink()
 
@@ -2650,10 +2644,8 @@ def _timed(evaluate):
 
 def end_step(step, state, args, data, evaluate):
     """After a step (from 0): log evaluate() every --knn-every epochs, save a checkpoint every
-    --save-every epochs and before a stop, and a copy of it every --keep-every epochs.
-
-    Returns: whether to stop.
-    """
+    --save-every epochs and before a stop, a copy every --keep-every epochs. Returns: whether to
+    stop."""
     if data.end_of_epoch(step, every=args.knn_every):
         with state["log"].pause():
             state["log"].write(step=step + 1, **_timed(evaluate))
@@ -2978,19 +2970,13 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * right[:, :k].any(1).double().mean().item() for k in topk]
 
 
-def kept_epoch(path):
-    """-0050 for checkpoint-0050.pt, as a part of the names of its results; else empty."""
-    name = Path(path).stem
-    return name.removeprefix("checkpoint") if name.startswith("checkpoint") else ""
-
-
 def results_path(args):
     """Path of the results; BadInput if it cannot be written or holds those of another run."""
     folder = Path(args.checkpoint).parent
     if args.checkpoint == "none":
         folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
-    path = Path(args.out or folder / (
-        f"{args.method}-{args.recipe}-{args.label}{kept_epoch(args.checkpoint)}.json"))
+    names = args.method, args.recipe, args.label, *Path(args.checkpoint).stem.split("-")[1:]
+    path = Path(args.out or folder / f"{'-'.join(names)}.json")  # -0050 of checkpoint-0050.pt
     above = next(p for p in path.absolute().parents if p.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         raise BadInput(f"{path} cannot be written; use another --out")

@@ -1075,7 +1075,8 @@ def evaluate_checkpoint(args):
     result, chance, retrieved = evaluate_clip(model, tokenizer, data, pairs, prepare)
     if common.rank() > 0:
         return
-    name = f"evaluate-{args.dataset}{common.kept_epoch(args.evaluate)}.json"
+    kept = [] if published else Path(args.evaluate).stem.split("-")[1:]  # 0050 of checkpoint-0050
+    name = "-".join(["evaluate", args.dataset, *kept]) + ".json"
     path = (Path(args.out) if "out" in given else folder) / name
     text = json.dumps(dict(script="sogclr_clip", command=shlex.join(args.argv), results=result,
                            chance=chance, args=common.flags_dict(args)), indent=1)
