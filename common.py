@@ -215,6 +215,9 @@ def setup(args):
     torch.manual_seed(args.seed)  # the initial weights; all later draws use generator()
     _signal.update(asked=0, agreed=False)
     _saved[0] = bool(args.out) and (Path(args.out) / "checkpoint.pt").exists()
+    with contextlib.suppress(ValueError):  # signals belong to the main thread
+        for number in (signal.SIGTERM, signal.SIGINT):
+            _open.callback(signal.signal, number, signal.signal(number, _ask))
     return device
 
 
@@ -2538,7 +2541,7 @@ FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture", "k
 
 def resume(state, args):
     """Open the run folder as its one writer: continue from its checkpoint, or begin with an empty
-    log, whose `lines` is then 1. From now on SIGTERM and Ctrl-C save and stop.
+    log, whose `lines` is then 1.
 
     Returns: the number of steps done.
     Errors: BadInput on all processes if the folder holds a run with other flags or data (named) or
@@ -2568,9 +2571,6 @@ def resume(state, args):
         if vars(args).get("init"):  # the image methods
             log.header["init"] = initial_weights(state, args)
         log.begin()
-    with contextlib.suppress(ValueError):  # signals belong to the main thread
-        for number in (signal.SIGTERM, signal.SIGINT):
-            _open.callback(signal.signal, number, signal.signal(number, _ask))
     return step
 
 
@@ -3003,6 +3003,7 @@ def start_evaluation(args, checkpoint):
                   checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
                   label=args.label, seed=args.seed, args=flags_dict(args))
     device = setup(args)
+    _open.close()  # nothing to save: a signal ends the program at once
     if args.checkpoint == "none":
         backbone, loaded = resnet(args.arch, args.stem), dict(arch=args.arch, stem=args.stem)
         description = f"untrained {args.arch}, {args.stem} stem, seed {args.seed}"

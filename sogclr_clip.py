@@ -1064,6 +1064,7 @@ def evaluate_checkpoint(args):
     args.mean, args.std = args.mean or list(mean), args.std or list(std)
     args.batch_size = int(os.environ.get("WORLD_SIZE", 1))
     device = common.setup(args)
+    common._open.close()  # nothing to save: a signal ends the program at once
     clip, tokenizer = towers(args)
     size = args.image_size or clip.visual.image_size
     args.image_size = size if isinstance(size, int) else size[0]

@@ -533,7 +533,7 @@ def test_ranks_stop_together(results, N):
     for r in results[N]:
         found = r["stop"]
         assert found["mean"] == dict(loss=(N + 1) / 2, twice=N + 1)
-        assert found["nan"].startswith("the loss is nan at step 7; the last checkpoint is kept")
+        assert found["nan"].startswith("the loss is nan at step 7; a smaller --lr")
         rows = [2] if N == 1 else [1] + [0] * (N - 2) + [1]
         assert found["features"].startswith(
             f"the output of tail is not finite at step 7, in 2 of 16 rows (those of each rank: "
