@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clinfonce
 import common
@@ -80,6 +81,27 @@ def test_lars_is_the_written_out_loop():
     p.grad = torch.zeros(2)
     common.LARS([dict(params=[p])], lr=1.0).step()
     assert p.tolist() == [1, 1]
+
+
+def test_lars_calls_do_not_grow_with_the_network():
+    """Of all calls of ATen only one goes through the parameters one by one."""
+    def calls(n):
+        params = [nn.Parameter(torch.ones(3, 2)) for _ in range(n)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer, count = common.LARS([dict(params=params)], lr=1.0), []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                count.append(func._schema.name)
+                return func(*args, **(kwargs or {}))
+
+        optimizer.step()
+        with Count():
+            optimizer.step()
+        return len(count)
+
+    assert calls(40) == calls(3) < 25
 
 
 def test_lars_groups_of_a_resnet():

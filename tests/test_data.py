@@ -7,6 +7,8 @@ import io
 import json
 import pickle
 import tarfile
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -966,3 +968,62 @@ def test_clusters_from_a_hierarchy_and_from_several_columns(tmp_path):
         Path(args.hierarchy).write_text(text)
         with pytest.raises(common.BadInput, match=words):
             clinfonce.auxiliary_ids(table, args)
+
+
+# ---------------------------------------------------------------------------------- one step ahead
+
+
+def one_draw(calls, fails=None):
+    """A `draw` that notes (step, thread) in calls and fails at one step."""
+    def draw(step, own):
+        calls.append((step, threading.current_thread()))
+        if step == fails:
+            raise ValueError(f"draw of step {step}")
+        return dict(number=torch.tensor([step]), rows=torch.arange(8)[own])
+    return draw
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_a_thread_draws_one_step_ahead_and_ends_with_the_loop(numbered, kind):
+    before, calls = threading.active_count(), []
+    batches = numbered(kind).batches(2, 9, AUG, draw=one_draw(calls))
+    for step in (2, 3):
+        batch = next(batches)
+        assert batch.drawn["number"].tolist() == [batch.step] == [step]
+        assert torch.equal(batch.drawn["rows"], torch.arange(8)[batch.own])
+    end = time.time() + 20
+    while len(calls) < 3 and time.time() < end:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    # a loader of files takes its next plan itself, before it needs it
+    assert [s for s, _ in calls] == [2, 3, 4] if kind == "memory" else [2, 3, 4, 5][:len(calls)]
+    assert threading.main_thread() not in {thread for _, thread in calls}
+    batches.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_an_error_of_the_thread_ends_the_loop(numbered, kind):
+    before, seen = threading.active_count(), []
+    with pytest.raises(ValueError, match="draw of step 4"):
+        for batch in numbered(kind).batches(0, 9, AUG, draw=one_draw([], fails=4)):
+            seen.append(batch.step)
+    assert seen in ([0, 1, 2, 3], [0, 1, 2])
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_views_picture_augments_eight_rows(numbered, kind, tmp_path, monkeypatch):
+    """A batch of 256 images of 224 pixels in seven views would take gigabytes."""
+    data, real, rows = numbered(kind, batch=12), common.apply_chunks, []
+
+    def apply_chunks(x, chunks, *more):
+        rows.append((len(x), sum(len(c["row"]) for c in chunks)))
+        return real(x, chunks, *more)
+
+    whole = common.augment(next(data.batches(0, 1, AUG, 7)))
+    monkeypatch.setattr(common, "apply_chunks", apply_chunks)
+    common.views_picture(data, AUG, tmp_path / "views.png")
+    assert rows == [(8 if kind == "memory" else 56, 56)]
+    few = common.augment(next(data.batches(0, 1, AUG, 7, own=slice(8))))
+    assert torch.equal(few, whole[:, :8])

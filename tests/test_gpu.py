@@ -116,10 +116,10 @@ def run(run_main, root, rendered, monkeypatch):
     return run
 
 
-def waits_of_a_step(events):
-    """Texts on the waits between the last two calls of check_loss, which every step has once."""
+def of_a_step(events, kind="wait"):
+    """Texts on the events between the last two calls of check_loss, which every step has once."""
     ends = [i for i, e in enumerate(events) if e.function == "check_loss"]
-    return [f"{e.what}: {e.site}" for e in events[ends[-2] + 1:ends[-1] + 1] if e.kind == "wait"]
+    return [f"{e.what}: {e.site}" for e in events[ends[-2] + 1:ends[-1] + 1] if e.kind == kind]
 
 
 def assert_same_log(a, b):
@@ -132,8 +132,12 @@ def assert_same_log(a, b):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training(name, run, tmp_path):
     _, flags, allowed = VARIANTS[name]
-    waits = waits_of_a_step(run(name, tmp_path / "cuda", "cuda"))
+    events = run(name, tmp_path / "cuda", "cuda")
+    waits = of_a_step(events)
     assert len(waits) <= allowed, f"{allowed} waits a step are allowed:\n" + "\n".join(waits)
+    assert of_a_step(events, "pageable") == []
+    copies = [c for c in of_a_step(events, "pinned") if "part.images = " not in c]  # of files
+    assert len(copies) == 1, copies  # rows, plan and draws of a step travel together
     if "--amp" not in flags:
         run(name, tmp_path / "cpu", "cpu")
         assert_same_log(tmp_path / "cpu", tmp_path / "cuda")
@@ -195,7 +199,7 @@ def test_evaluation(name, run, trained, tmp_path, capsys):
         waits = run((module, [*given, *PROBE, *flags]), out, device)
         results.append(json.loads(next((tmp_path / device).glob("*.json")).read_text())["results"])
         if device == "cuda" and allowed is not None:
-            assert len(waits := waits_of_a_step(waits)) <= allowed, "\n".join(waits)
+            assert len(waits := of_a_step(waits)) <= allowed, "\n".join(waits)
     assert results[0] == results[1] or "--amp" in flags
 
 
@@ -244,6 +248,26 @@ def test_the_fast_probe_waits_once_an_epoch(run, trained, tmp_path):
     assert len(waits) <= 2 * (2 + 1) + 2, waits
 
 
+@pytest.mark.parametrize("device, amp, expected", [
+    ("cuda", "bf16", torch.bfloat16), ("cuda", "none", torch.float32),
+    ("cpu", "bf16", torch.float32)])
+def test_evaluation_in_mixed_precision_on_cuda_only(device, amp, expected, run, tmp_path,
+                                                    monkeypatch):
+    found, real = set(), common.knn_accuracy
+
+    def knn_accuracy(module, data, select=None):
+        hook = module.layer4.register_forward_hook(lambda m, x, y: found.add(y.dtype))
+        try:
+            return real(module, data, select)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(common, "knn_accuracy", knn_accuracy)
+    monkeypatch.setitem(VARIANTS, "mixed", (clinfonce, ["--clusters", "label", "--amp", amp], 1))
+    run("mixed", tmp_path / device, device)
+    assert found == {expected}
+
+
 # ------------------------------------------------------------------ the tests can fail
 
 
@@ -271,6 +295,6 @@ def test_a_tensor_left_on_the_cpu_raises(name, text, less, run, tmp_path):
 def test_a_new_wait_is_found_with_its_line(run, tmp_path):
     main = changed(clinfonce, "scaler.scale(loss).backward()",
                    "scaler.scale(loss).backward(); z.sum().item()")
-    waits = waits_of_a_step(run("label", tmp_path / "cuda", "cuda", main))
+    waits = of_a_step(run("label", tmp_path / "cuda", "cuda", main))
     assert len(waits) == 2
     assert "item: clinfonce.py:" in waits[0] and waits[1].startswith("tolist: common.py:")
