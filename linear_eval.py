@@ -1,9 +1,10 @@
 """Evaluate the backbone of a checkpoint: kNN, retrieval, linear probes, fine-tuning on few labels.
 
---checkpoint takes a file of any method of this project, a torchvision ResNet state dict, a
-MoCo-style file (`module.encoder_q.*`) or an authors' file (`encoder.*`, `backbone_q.*`, `net.*`).
-It uses the prefix under which most weights fit, leaves heads out, prints which weights were loaded
-and which were not, and fails if any do not fit. A checkpoint of this project sets the data set,
+--checkpoint takes a file of any method of this project, a torchvision ResNet state dict, or a file
+of others: it searches nested dicts (`student`, `online_network_state_dict`), any prefix
+(`module.encoder_q.*`, `net.*`) and numbered layers for the ResNet that fits best, and prefers a
+trained network to its slow copy. It leaves heads out, prints which weights were loaded and which
+were not, and fails if any do not fit. A checkpoint of this project sets the data set,
 label column, image size, --limit-train and seed. A recipe overrides the checkpoint, and a flag
 overrides both.
 
@@ -15,6 +16,11 @@ overrides both.
               augmented images; backbone frozen, in evaluation mode, features not normalized
     finetune  recipes semi-1, semi-10: the whole network on a class-balanced --fraction of the
               training images, or on the images that --subset names
+    features  (--mode features) nothing but the files of --features and --embedding, of all images
+
+--save FILE saves the network with its linear layer as a state dict that torchvision loads.
+--features FILE.npz saves the features with row numbers, labels and paths, --embedding FILE.png
+their picture in two dimensions.
 
 The result of `linear` and `finetune` is the LAST epoch. The best epoch on the test set, which some
 papers quote, is given as `best_on_test`. A JSON file beside the checkpoint (--out) holds all.
@@ -26,6 +32,7 @@ batch and all of them compute features; every process fits the same fast probe.
     python linear_eval.py --checkpoint FILE --recipe cifar --picture   # one GPU
     python linear_eval.py --checkpoint FILE --fraction 0.1             # recipe semi-10
     python linear_eval.py --checkpoint FILE --fraction 0.1 --micro-batch 64    # one small GPU
+    python linear_eval.py --checkpoint FILE --mode features --features x.npz --embedding x.png
     torchrun --nproc_per_node=4 linear_eval.py --checkpoint FILE --recipe moco --dataset folder \\
         --data-dir DIR --image-size 224
 Shapes: N training images, D width of the backbone, C classes, G points of the grid, b rows.
@@ -450,8 +457,10 @@ def evaluate(args, checkpoint):
         raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
     if args.mode == "fast":
         common.reject_unused(args, ["micro_batch"], "by --mode fast")
-    if args.mode == "features" and not (args.features or args.embedding):
-        raise common.BadInput("--mode features writes --features or --embedding: name a file")
+    if args.mode == "features":
+        common.reject_unused(args, ["picture"], "by --mode features; use --embedding")
+        if not (args.features or args.embedding):
+            raise common.BadInput("--mode features writes --features or --embedding: name a file")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     for flag in ("save", "features", "embedding"):
         if (file := getattr(args, flag)) and Path(file).exists() and not path.is_file():
@@ -482,10 +491,11 @@ def evaluate(args, checkpoint):
     save_files(args, data, backbone, h, results.pop("fc", {}), names)
     if common.rank() > 0:
         return
-    protocol = args.protocol or f"recipe {args.recipe}"
+    protocol = args.protocol or (f"recipe {args.recipe}" if results else "none, features only")
     print(f"protocol: {protocol}; {common.source(args)}, column {args.label}: {len(names)} "
           f"classes, {len(data.train)} training and {len(data.test)} test images")
-    print("\n".join(result_lines(results)))
+    if results:
+        print("\n".join(result_lines(results)))
     common.write_results(
         path, record, device, protocol=protocol, recipe=args.recipe, results=results,
         data=dict(train=len(data.train), test=len(data.test), classes=len(names), notes=notes))

@@ -373,7 +373,7 @@ NONE = [*MACHINE, "--checkpoint", "none"]
     (["--outliers", "cifar"], ["--outliers cifar: write unseen, another data set", "NAME=FILE"]),
     (["--outliers", "shapes"], ["--outliers shapes: write unseen, another data set (cifar10,"]),
     (["--dataset", "shapes-views", "--outliers", "shapes"], ["--outliers shapes: write unseen"]),
-    (["--outliers", "x=no.npz"], ["no.npz: not found"]),
+    (["--outliers", "x=no.npz"], ["no.npz not found"]),
     (["--outliers", "x=folder"], ["--outliers x=folder: ", "neither a folder nor an npz pack"]),
     (["--outliers", "cifar10", "--data-dir", "nowhere"], ["--dataset cifar10", "nowhere"]),
     (["--outliers", "unseen", "unseen"], ["two sets of one name"]),
@@ -389,7 +389,7 @@ def test_outliers_that_cannot_be_read(refused, tmp_path):
     write_pack(tmp_path / "bare.npz", [image(0)])
     argv = [*NONE, "--data-dir", tmp_path, "--outliers"]
     refused([*argv, "x=empty"], f"no image below {tmp_path}/empty")
-    refused([*argv, "x=broken.npz"], f"npz pack {tmp_path}/broken.npz", "unreadable")
+    refused([*argv, "x=broken.npz"], f"npz pack {tmp_path}/broken.npz", "cannot be read")
     write_pack(tmp_path / "uneven.npz", [image(0), image(1, 30, 32)])
     refused([*argv, "x=uneven.npz"], "image 1 is (30, 32)")
     (tmp_path / "empty/a.png").write_bytes(b"no image")
