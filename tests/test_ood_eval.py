@@ -393,7 +393,7 @@ def test_outliers_that_cannot_be_read(refused, tmp_path):
     write_pack(tmp_path / "uneven.npz", [image(0), image(1, 30, 32)])
     refused([*argv, "x=uneven.npz"], "image 1 is (30, 32)")
     (tmp_path / "empty/a.png").write_bytes(b"no image")
-    refused([*argv, "x=empty"], f"image {tmp_path}/empty/a.png cannot be decoded", status=1)
+    refused([*argv, "x=empty"], f"image {tmp_path}/empty/a.png", "cannot be decoded", status=1)
     refused([*NONE, "--dataset", "npz", "--train-file", "bare.npz", "--data-dir", tmp_path],
             "name --outliers")
 
