@@ -255,6 +255,21 @@ def test_kmeans_against_loops(n, k, iters, dtype):
     close(M, expected[1], 1e-6 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.parametrize("n, k", [(64, 19), (300, 37), (200, 400)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_matrix_form_finds_the_same_groups(n, k, dtype):
+    """Without ties, and with equal rows, zero rows, and opposite ones."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        spots = torch.randn(16, 32, generator=g)[torch.randint(16, (n,), generator=g)]
+        x = F.normalize(torch.randn(n, 32, generator=g) + spots, dim=1).to(dtype)
+        if seed % 2:
+            last = min(k, n) - 1  # a product need not give equal columns equal values
+            x[last - 2:last + 1], x[3:6], x[7:9], x[10] = x[:3].clone(), x[0].clone(), 0, -x[11]
+        found = cld.kmeans(x, k, 5, cld.nearest_fast)
+        assert torch.equal(found, cld.kmeans(x, k, 5))
+
+
 def test_seeds_that_are_equal():
     """The lower id takes all; the group of the other is empty, its centroid exactly 0."""
     x = torch.eye(4, dtype=torch.float64)[[0, 0, 0, 1, 2]].requires_grad_()
