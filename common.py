@@ -324,6 +324,26 @@ def micro_batches(model, args):
     return MicroBatches(model, args.micro_batch)
 
 
+def check_shapes(model, args):
+    """BadInput if the network cannot take a batch of this process: images that are too small, or
+    one value a channel for BatchNorm. It tries tensors without data, so nothing is computed."""
+    b, S = args.batch_size // world(), args.image_size
+    tensors = {k: torch.empty_like(v, device="meta") for k, v in model.state_dict().items()}
+    x = torch.empty(min(b, args.micro_batch or b), 3, S, S, device="meta")
+    problem = None
+    # networks that take all views in one pass have two rows for an image, but with cross-entropy
+    for views in [(x,), (x, x)][:1 + (vars(args).get("loss") != "ce")]:
+        try:
+            with torch.no_grad():
+                torch.func.functional_call(model, tensors, views)
+            return
+        except Exception as error:  # only what tells of the shape counts; the rest is no test here
+            problem = problem or str(error).split("\n")[0]
+    if any(text in problem for text in ("more than 1 value", "too small", "Kernel size")):
+        raise BadInput(f"--batch-size {args.batch_size}, {b} in each process, of --image-size {S} "
+                       f"does not go through the network ({problem})")
+
+
 def distribute(model, args, unused=False):
     """The network to train with: SyncBatchNorm, torch.compile, micro-batches and DDP by the flags.
 
@@ -331,6 +351,7 @@ def distribute(model, args, unused=False):
     in some steps (their .grad stays None).
     """
     device = next(model.parameters()).device
+    check_shapes(model, args)
     if args.sync_bn and world() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network = micro_batches(torch.compile(model) if args.compile else model, args)

@@ -25,6 +25,8 @@ from runs import contents
 
 import clinfonce
 import common
+import sogclr_clip
+import wcl
 
 TINY = ["--device", "cpu", "--threads", "1", "--workers", "0", "--epochs", "1", "--knn-k", "5"]
 SHAPES = [*TINY, "--limit-train", "64", "--batch-size", "16"]
@@ -463,6 +465,16 @@ def test_module_that_is_not_installed(refused, tmp_path, monkeypatch, module, ar
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, module, None)
     refused([*SHAPES, *argv, *["--data-dir", tmp_path] * (module == "pandas")], *words)
+
+
+@pytest.mark.parametrize(("method", "argv", "words"), [
+    (clinfonce, ["--loss", "ce", "--clusters", "label", "--batch-size", "1", "--image-size", "8"],
+     ["--batch-size 1, 1 in each process", "more than 1 value per channel"]),
+    (sogclr_clip, ["--image-size", "16"], ["--image-size 16", "Output size is too small"]),
+    (wcl, ["--image-size", "2", "--crops", "2", "--epochs", "2"], ["--image-size 2", "--crops"]),
+])
+def test_batches_that_do_not_go_through_the_network(refused_by, method, argv, words):
+    refused_by(method.main, [*SHAPES, *argv], *words)
 
 
 # ---------------------------------------------------------------------------------- failures
