@@ -474,8 +474,8 @@ def check(args):
         common.reject_unused(args, ["crop_k", "crop_positives", "gamma", "delta"],
                              "without --crops")
     if args.crops and args.image_size < 3:
-        raise common.BadInput(f"--image-size {args.image_size} is too small for --crops, which have "
-                              "3/7 of its side")
+        raise common.BadInput(f"--image-size {args.image_size} is too small for --crops, whose "
+                              "side is 3/7 of it")
     if args.beta == 0 and (args.crops or args.picture):
         raise common.BadInput("--beta 0 has no weak labels: --crops and --picture need --beta "
                               "above 0")
