@@ -2849,23 +2849,23 @@ def extract_features(module, data, table, resize=False, select=None, normalize=F
     module.train(was_training)
     features = gather(torch.cat(parts)).unflatten(0, (W, -1))  # row i is on rank i % W
     features = features.transpose(0, 1).flatten(0, 1)[:N]
-    if file := vars(args).get("checkpoint") or vars(args).get("evaluate"):
-        what = f"checkpoint {file}: its {what}"
-    check_finite(what, features, module.state_dict(), table)
+    file = vars(args).get("checkpoint") or vars(args).get("evaluate")
+    check_finite(f"checkpoint {file}: its {what}" if file else what, features, module.state_dict(),
+                 table, "" if file else f"; {_advice()}")
     return features
 
 
-def check_finite(what, features, weights=(), table=None):
+def check_finite(what, features, weights=(), table=None, hint=""):
     """RunFailed that says how many of the features (N, D), and which weight, are not finite."""
     good = [part.isfinite().all(1) for part in features.split(2 ** 16)]
     bad = (~torch.cat(good)).nonzero().flatten().tolist()
     names = [name for name, x in dict(weights).items() if not x.isfinite().all()]
-    if bad or names:
-        text = f"{what} are not finite, for {len(bad)} of {len(features)} rows"
-        if bad and table:
-            name = table.paths[bad[0]] if table.paths else f"row {table.index[bad[0]]}"
-            text += f" (the first: {name})"
-        raise RunFailed(text + "".join(f"; nor is {name}" for name in names[:1]))
+    texts = [f"{len(bad)} of {len(features)} rows"] * bool(bad) + names[:1]
+    if bad and table:
+        name = table.paths[bad[0]] if table.paths else f"row {table.index[bad[0]]}"
+        texts[0] += f" (the first: {name})"
+    if texts:
+        raise RunFailed(f"{what} are not finite: {', '.join(texts)}{hint}")
 
 
 @torch.no_grad()
