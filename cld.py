@@ -88,6 +88,7 @@ RECIPES = {
         knn_t=0.07, knn_every=15),
     "c10": dict(  # [K] all methods' longer run; CLD as in cifar10
         NPID | SMALL, dataset="cifar10", epochs=40, crop=[0.08, 1.0], knn_t=0.07, knn_every=8),
+    "own": {k: v for k, v in (NPID | SMALL).items() if k != "k"},  # [K] your images; k = B / 2
     "cifar10": NPID | CIFAR,  # [S]; [A] kNN 86.7, NPID alone 80.8; re-run 86.8
     "cifar100": dict(  # [S] train_cifar100_npid_cld.sh; [A] kNN 57.5, NPID alone 51.6; re-run 58.8
         NPID | CIFAR, dataset="cifar100", k=200),
@@ -486,9 +487,9 @@ def report_groups(args):
     """Warn if there are more groups than rows to group."""
     N = args.group_rows or args.batch_size
     if args.lambda_cld > 0 and args.k > N:
-        common.print_rank0(f"warning: --k {args.k} for {N} rows that are grouped together: nearly "
-                           "every image is a group of its own, and at least "
-                           f"{args.k - N} groups are empty")
+        text = (f"warning: --k {args.k} for {N} rows that are grouped together: nearly every image "
+                f"is a group of its own, at least {args.k - N} are empty (logit 0)")
+        common.print_rank0(text + common.origin(args, text))
 
 
 def key_pass(key_network, x, args, step):
@@ -558,6 +559,12 @@ def learning_rate(step, steps_per_epoch, args):
 # ---------------------------------------------------------------------------------- flags
 
 
+def default_k(args):
+    """Without --k half of the rows that are grouped together, as in the CIFAR-10 recipe."""
+    if args.k is None:
+        args.k = max(2, (args.group_rows or args.batch_size) // 2)
+
+
 def check(args):
     """Raise BadInput for flags that do not fit together, before any data are read."""
     common.check_ranges(args, above=["tau", "tau_cld", "dim", "iters", "k_eigen", "queue"],
@@ -576,6 +583,11 @@ def check(args):
             (args.schedule == "steps", ["milestones"], "without --schedule steps")):
         if not used:
             common.reject_unused(args, names, why)
+    common.check_schedule(args, learning_rate, 10, 10 * args.warmup * (
+        args.schedule != "cosine-epoch"))
+    if args.schedule == "steps" and min(args.milestones) >= args.epochs:
+        raise common.BadInput(f"--milestones {common.shown(args.milestones)}: none is below "
+                              f"--epochs {args.epochs}, so that the rate never drops")
     if moco and args.queue < args.batch_size:
         raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "
                               f"{args.batch_size}: it must hold the keys of one step")
@@ -591,35 +603,33 @@ def check(args):
 def main(argv=None):
     """Parse the flags and train; `main([...])` runs in this process."""
     parser = common.Parser("cld", __doc__, RECIPES)
+    parser.complete = default_k
     add = parser.add_argument_group("CLD").add_argument
     add("--base", default="npid", choices=["npid", "moco", "mocov2", "infomin", "byol"],
-        help="method that CLD is added to (mocov2: MoCo with a unit-norm queue)")
-    add("--lambda-cld", type=float, default=1.0, help="lambda of E8; 0: only the base method")
-    add("--k", type=int, default=128, help="number of groups of a view (E6)")
+        help="what CLD is added to")
+    add("--lambda-cld", type=float, default=1.0, help="lambda of E8; 0: the base method alone")
+    add("--k", type=int, help="groups of a view (E6); default: half of the rows")
     add("--iters", type=int, default=5, help="rounds of k-means in the batch")
     add("--tau-cld", type=float, default=0.2, help="T_G of E7")
     add("--grouping", default="kmeans", choices=["kmeans", "ncuts"], help="E6, or E10")
-    add("--k-eigen", type=int, default=10, help="eigenvectors that --grouping ncuts uses; "
-        "there is no published value")
-    add("--group-rows", type=int, default=0, help="group N rows of the batch at a time "
-        "(the authors: those of a process); 0: the whole batch")
+    add("--k-eigen", type=int, default=10, help="eigenvectors of ncuts; none is published")
+    add("--group-rows", type=int, default=0, help="group parts of N rows; 0: the whole batch")
     add("--head", default="linear", choices=["linear", "normlinear", "mlp", "normmlp"],
-        help="type of both heads; with mlp they share the hidden layer")
+        help="mlp: one hidden layer for both")
     add("--dim", type=int, default=128, help="D, width of f")
-    add("--tau", type=float, default=0.1, help="T of E2, E3, E5 (and --knn-t of the recipes)")
+    add("--tau", type=float, default=0.1, help="T of E2, E3, E5")
     add("--bank-momentum", type=float, default=0.5, help="a of E4")
     add("--nce", type=int, default=0, help="m of E3; 0: full softmax over the bank (E2)")
     add("--queue", type=int, default=4096, help="K, keys of MoCo and InfoMin; K >= B")
     add("--key-momentum", type=float, default=0.999, help="alpha of the key network")
     add("--beta", type=float, default=0.5, help="InfoMin's weight of the jigsaw query")
     add("--knn-feature", default="instance", choices=["instance", "backbone"],
-        help="feature for the kNN: f_I, or the pooled output of the backbone")
+        help="of the weighted kNN")
     add("--schedule", default="cosine", choices=["cosine", "steps", "cosine-epoch", "infomin"],
-        help="rate; cosine, steps: by iteration after --warmup epochs; cosine-epoch, infomin: by "
-        "epoch")
-    add("--warmup", type=int, default=5, help="epochs of linear warm-up (none in cosine-epoch)")
+        help="the last two by epoch")
+    add("--warmup", type=int, default=5, help="epochs of linear warm-up (not: cosine-epoch)")
     add("--milestones", type=int, nargs="+", default=[120, 160, 200],
-        help="epochs at which --schedule steps divides the rate by 10")
+        help="steps: a tenth of the rate after these epochs")
     common.run(train, parser, argv)
 
 

@@ -21,7 +21,8 @@ are ours. [A] marks what the authors' repository says; the paper itself could no
     quality: H(Z|T) = H(Z,T) - H(T), I(Z;T) = H(Z) - H(Z|T), T the class, bits               E7
     K-means: min over c_1..c_k of sum_i min_m |x_i - c_m|^2, x_i the unit embedding, Z_i = m E8
 
-Labels used:  one column of ids (--clusters); none with kmeans or instance.
+Labels used:  none with --clusters instance (InfoNCE) or kmeans; else label (SupCon), a column, a
+              tuple a+b, attributes:K, a CSV level (10, level_12), or level_L of --hierarchy.
 State kept:   the network, and one id per image (8 bytes).
 Shapes:       N images, B global batch, b rows of this process, V views, D embedding width.
 
@@ -71,6 +72,7 @@ RECIPES = {
     "c10": dict(  # all methods' longer run; 51 images a cluster, as [R], from a quarter on
         SMALL, dataset="cifar10", epochs=40, crop=[0.08, 1.0], clusters="instance", k=1000,
         kmeans_warmup=10, knn_every=8),
+    "own": dict(SMALL, clusters="instance"),  # your images; 20 epochs at 32 px, see --help
     "cifar10": dict(CIFAR, dataset="cifar10"),
     "cifar100": dict(CIFAR, dataset="cifar100"),
     "fashion": dict(  # [K] product photographs with eight attributes
@@ -263,7 +265,7 @@ def cluster_epochs(epoch, warmup, period):
 def auxiliary_ids(table, args):
     """Cluster id of every training row from --clusters, and how much it tells about the labels.
 
-    Returns: ids (N,) int64; dict of H(Z), H(Z|T), I(Z;T) in bits, with T = --label, and of K.
+    Returns: ids (N,) int64; dict of K and, if --label has classes, H(Z), H(Z|T), I(Z;T) in bits.
     """
     name, label = args.clusters, table.column(args.label)
     if name.isdigit() and name != "0":
@@ -309,11 +311,14 @@ def auxiliary_ids(table, args):
         if ids.unique().numel() < 2:
             raise common.BadInput(f"--clusters {args.clusters}: one cluster has no negatives")
     if name == "kmeans" and args.k > len(ids):
-        raise common.BadInput(f"--k {args.k} needs at least {args.k} images, found {len(ids)}")
+        raise common.BadInput(f"--k {args.k} needs at least {args.k} images, found {len(ids)}: "
+                              f"take --k {max(2, len(ids) // 50)}, about 50 images a cluster")
     if name == "kmeans" and len(ids) < 10 * args.k:
-        common.print_rank0(f"warning: --k {args.k} for {len(ids)} images: fewer than 10 images per "
-                           "cluster")
-    quality.update(K=ids.unique().numel(), **information(ids, label))
+        text = f"warning: --k {args.k} for {len(ids)} images is fewer than 10 images a cluster"
+        common.print_rank0(text + common.origin(args, text))
+    quality["K"] = ids.unique().numel()
+    if label[label >= 0].unique().numel() > 1:
+        quality.update(information(ids, label))
     return ids.unique(return_inverse=True)[1] if args.loss == "ce" else ids, quality
 
 
@@ -389,6 +394,8 @@ def train(args):
     clusterings = check(args)
     device = common.setup(args)
     data = common.load(args, device)
+    if args.clusters == "kmeans" and args.k is None:
+        args.k = max(2, len(data.train) // 50)  # images a cluster as in imagenet100-kmeans
     ids, quality = auxiliary_ids(data.train, args)
     model = ClInfoNCE(args, quality["K"]).to(device, memory_format=common.memory_format(args))
     clusters = Clusters(ids).to(device)
@@ -416,7 +423,8 @@ def train(args):
         if epoch in clusterings and step % data.steps_per_epoch == 0:
             with log.pause():
                 clusters.update(model, data, args, epoch)
-                log.write(step=step, **information(clusters.ids, label))
+                if "H_Z" in quality:  # there are labels
+                    log.write(step=step, **information(clusters.ids, label))
         x = common.augment(batch)                               # (V, b, 3, S, S), this process
         with common.autocast(args, device):
             z, q = network(*x, second=args.dual and epoch >= clusterings[0])  # (V, b, D)
@@ -446,9 +454,10 @@ def train(args):
 def report_clusters(log, args, quality):
     """Log and print how much the clusters tell about the labels."""
     log.write(step=0, clusters=args.clusters, **quality)
-    name = args.clusters + " (one per image until K-means runs)" * (args.clusters == "kmeans")
-    common.print_rank0("clusters {}: K = {K}, H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, "
-                       "I(Z;T) = {I_Z_T:.4f} bits, T = {}".format(name, args.label, **quality))
+    name = args.clusters + " (until the first K-means: every image)" * (args.clusters == "kmeans")
+    text = ", H(Z) = {H_Z:.4f}, H(Z|T) = {H_Z_given_T:.4f}, I(Z;T) = {I_Z_T:.4f} bits, T = {}"
+    common.print_rank0(f"clusters {name}: K = {quality['K']}" + (
+        text.format(args.label, **quality) if "H_Z" in quality else ""))
 
 
 def warmup_rule(epoch, epochs, lr, min_lr=1e-5):
@@ -494,7 +503,7 @@ def check(args):
         if args.kmeans == "faiss" or args.kmeans == "auto" and (
                 args.device == "cpu" or not torch.cuda.is_available()):
             common.require("faiss", "faiss-cpu, or use --kmeans torch", "K-means on the CPU")
-        if args.k < 2:
+        if args.k == 1:
             raise common.BadInput("--k 1 makes one cluster only, so there are no negatives")
         if not clusterings:
             raise common.BadInput(
@@ -505,8 +514,7 @@ def check(args):
                              "without --clusters kmeans")
     if args.schedule != "cosine":
         common.reject_unused(args, ["warmup"], f"by --schedule {args.schedule}")
-    elif args.warmup > args.epochs:
-        raise common.BadInput(f"--warmup {args.warmup} is more than --epochs {args.epochs}")
+    common.check_schedule(args, learning_rate, 10, 10 * args.warmup)
     if args.batch_size < 2 and args.loss != "ce":
         raise common.BadInput("--batch-size 1 has no negatives; use at least 2")
     if args.hierarchy and not args.clusters.startswith("level_"):
@@ -530,18 +538,14 @@ def main(argv=None):
     parser = common.Parser("clinfonce", __doc__, RECIPES)
     add = parser.add_argument_group("Cl-InfoNCE").add_argument
     add("--loss", default="cl-infonce", choices=["cl-infonce", "ce"],
-        help="ce: a baseline, predicts the cluster id from one view by cross-entropy")
-    add("--clusters", default="instance", help="Z: instance (InfoNCE), label (SupCon), kmeans, "
-        "a column or several (a+b), attributes:K, a CSV level (10, level_12), level_L with "
-        "--hierarchy")
-    add("--attributes", nargs="+", help="columns that attributes:K may use (default: all but the "
-        "label, columns of unique ids and CSV levels)")
-    add("--hierarchy", help="JSON tree of class names (LabelName, Level, Subcategory) for level_L")
-    add("--k", type=int, default=2500, help="k of K-means (E8)")
-    add("--kmeans", default="auto", choices=["auto", "faiss", "torch"],
-        help="faiss on the CPU or torch on the device; auto: torch on CUDA")
-    add("--kmeans-warmup", type=int, default=0, help="first epoch (from 1; with --dual from 0) "
-        "that may start with K-means; InfoNCE until then")
+        help="ce: predict the cluster id")
+    add("--clusters", default="instance", help="Z: instance, label, kmeans, or columns, see above")
+    add("--attributes", nargs="+", help="columns of attributes:K (default: all that can be)")
+    add("--hierarchy", help="level_L: JSON tree of LabelName, Level, Subcategory")
+    add("--k", type=int, help="k of K-means (E8); default: images / 50")
+    add("--kmeans", default="auto", choices=["auto", "faiss", "torch"], help="auto: torch on CUDA")
+    add("--kmeans-warmup", type=int, default=0,
+        help="first epoch with K-means (from 1; --dual: from 0)")
     add("--kmeans-every", type=int, default=1, help="epochs between clusterings")
     add("--dual", action=argparse.BooleanOptionalAction, default=False,
         help="two heads: InfoNCE (E5) and clusters (E6)")
@@ -549,8 +553,7 @@ def main(argv=None):
     add("--base-tau", type=float, default=0.07, help="T0 of the factor T/T0 (E4; not in --dual)")
     add("--dim", type=int, default=128, help="D, width of the embedding")
     add("--schedule", default="warmup33", choices=["warmup33", "cosine", "cosine-epoch", "exp"],
-        help="warmup33: by epoch, linear for a third, then cosine; cosine: by iteration after "
-        "--warmup epochs; cosine-epoch, exp: by epoch")
+        help="all but cosine by epoch")
     add("--warmup", type=int, default=0, help="epochs of linear warm-up of --schedule cosine")
     common.run(train, parser, argv)
 

@@ -40,6 +40,7 @@ import shlex
 import signal
 import sys
 import tarfile
+import textwrap
 import time
 import urllib.parse
 import zipfile
@@ -66,6 +67,9 @@ from torchvision.transforms import v2
 
 class BadInput(Exception):
     """Input that cannot work: one line that says what to do, exit status 2."""
+
+
+METHODS = ("clinfonce", "cld", "rince", "wcl", "sogclr_clip")
 
 
 class RunFailed(Exception):
@@ -113,6 +117,7 @@ def run(train, parser, argv=None):
             error = _lost_worker(error)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
             text = " ".join(str(error).splitlines())  # messages of pandas have several lines
+            text += origin(parser.args, text)
             print(f"{parser.prog}: error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
     except KeyboardInterrupt:
@@ -190,6 +195,10 @@ def setup(args):
     Returns: the torch.device of this rank.
     Errors: BadInput if the batch does not divide or if there are more CUDA ranks than GPUs.
     """
+    for name, value in vars(args).items():
+        if any(isinstance(x, float) and not math.isfinite(x)
+               for x in (value if isinstance(value, (list, tuple)) else [value])):
+            raise BadInput(f"{flag_name(name)} must be finite, got {shown(value)}")
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -1294,6 +1303,9 @@ def load(args, device):
         raise BadInput("--randaugment needs image files (--dataset folder or csv): only workers do "
                        "it, and images in memory are augmented on the device; --randaugment 0 0 "
                        "turns it off")
+    if args.recipe == "own":
+        print_rank0(f"recipe own: a small setting of this project for {args.dataset}, not a "
+                    "published one; flags change it")
     return Data(train, test, args, device)
 
 
@@ -2313,7 +2325,7 @@ class Log:
 
 def flags_dict(args):
     """The flags as a dict of JSON values, without those that only identify this invocation."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("method", "argv")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("method", "argv", "set_by")}
     return json.loads(json.dumps(flags))
 
 
@@ -3067,6 +3079,20 @@ def check_views(args, crop="crop", jitter="jitter"):
         raise BadInput(f"{flag_name(jitter)} {strength}: none below 0, the hue at most 0.5")
 
 
+def check_schedule(args, learning_rate, steps_per_epoch, warmup=0):
+    """BadInput if `warmup` steps are more than all, or the rate never gets to half of --lr."""
+    steps = args.epochs * steps_per_epoch
+    if warmup > steps:
+        raise BadInput(f"--warmup {args.warmup} is longer than the training (--epochs "
+                       f"{args.epochs}{f', {steps} steps' * (warmup == args.warmup)}), so that the "
+                       "rate never gets to --lr: take less, or 0")
+    rates = [learning_rate(step, steps_per_epoch, args)
+             for step in range(0, steps, max(1, steps // 1000))]
+    if max(rates) < args.lr / 2:
+        raise BadInput(f"--schedule {args.schedule} in --epochs {args.epochs} never gets above "
+                       f"{max(rates):.3g}: take more epochs, or another schedule")
+
+
 def reject_unused(args, names, why):
     """BadInput if one of these flags is written on the command line, where it would do nothing."""
     written = {word.split("=")[0] for word in args.argv}
@@ -3080,22 +3106,45 @@ def flag_name(name):
     return f"--{name.replace('_', '-')}"
 
 
+def origin(args, text):
+    """Who set the flags that a message names but nobody typed, as text to append to it."""
+    found = []
+    for name, by in args.set_by.items() if args else ():
+        flag = f"{flag_name(name)} {shown(getattr(args, name))}"
+        if re.search(rf"{re.escape(flag_name(name) if by else flag)}(?![\w.-])", text):
+            found.append(f"{flag} comes from {by}" if by else f"{flag} is the default")
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def shown(value):
+    """The value of a flag as it is typed; "-" for none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value if isinstance(value, (list, tuple)) else [value])) \
+        if value not in (None, [""]) else "-"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags that all methods share; --recipe sets defaults, a flag overrides."""
+    """argparse with the flags that all methods share; --recipe sets defaults, a flag overrides.
+
+    Without --recipe it is `demo`, or `own` for another data set than the demo's, if there is one.
+    """
 
     trains = True  # --out is the folder of a run
+    args = None  # the flags, once they are parsed
+    inherited = {}  # flag -> who set its default, other than the recipe
 
     def __init__(self, method, doc, recipes):
-        super().__init__(prog=f"{method}.py", description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=f"{method}.py", description=doc, allow_abbrev=False, add_help=False)
         self.method, self.recipes = method, recipes
         add = self.add_argument_group("run").add_argument
-        add("--recipe", default="demo", help=", ".join(recipes))
-        add("--out", help="run folder (default runs/METHOD-RECIPE-seedSEED); resumed if it exists")
-        add("--seed", type=int, default=0)
+        add("-h", "--help", action="store_true", help="this text, for any --recipe")
+        add("--recipe", help="a set of values; flags override it")
+        add("--out", help="run folder; an unfinished run goes on")
+        add("--seed", type=int, default=0, help="of the weights and of every random draw")
         add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-        add("--threads", type=int, default=0, help="CPU threads a process (0: OMP_NUM_THREADS, "
-            "or the cores that it may use / processes)")
+        add("--threads", type=int, default=0,
+            help="CPU threads a process; 0: OMP_NUM_THREADS, or all")
         add("--log-every", type=int, default=50, help="steps; a line at every epoch's end too")
         add("--knn-every", type=int, default=5, help="epochs between kNN evaluations")
         add("--save-every", type=int, default=1, help="epochs between checkpoints")
@@ -3109,64 +3158,103 @@ class Parser(argparse.ArgumentParser):
         add("--download", action="store_true", help="let torchvision fetch CIFAR or STL-10")
         add("--train-file", help="csv, npz, captions: training file below --data-dir")
         add("--test-file", help="csv, npz, captions: test file below --data-dir")
-        add("--image-root", nargs="+", default=[""], help="captions: folder of the images below "
-            "--data-dir; or two, for training and test")
-        add("--classes", help="folder: file with the class folders to use, one a line")
+        add("--image-root", nargs="+", default=[""],
+            help="captions: folder of the images, or two: training, test")
+        add("--classes", help="folder: file of the class folders to use, one a line")
         add("--label", default="label", help="column that evaluation uses")
         add("--limit-train", type=int, help="use N training images, class-balanced, by seed")
         add("--workers", type=int, default=min(8, cpus()), help="readers a process")
         add("--image-size", type=int, default=32, help="S, pixels")
-        add("--mean", type=float, nargs=3, help="channel means (default: the data set's)")
-        add("--std", type=float, nargs=3)
+        add("--mean", type=float, nargs=3, help="of the channels (default: the data set's)")
+        add("--std", type=float, nargs=3, help="of the channels (default: the data set's)")
         add = self.add_argument_group("augmentation").add_argument
         add("--crop", type=float, nargs=2, default=[0.2, 1.0], help="share of the image's area")
         add("--jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1],
             help="brightness, contrast, saturation, hue")
-        add("--jitter-p", type=float, default=0.8)
+        add("--jitter-p", type=float, default=0.8, help="probability of colour jitter")
         add("--gray", type=float, default=0.2, help="probability")
         add("--blur", type=float, default=0.0, help="probability; sigma uniform in 0.1 to 2")
         add("--solarize", type=float, default=0.0, help="probability")
-        add("--erase", type=float, default=0.0, help="probability")
+        add("--erase", type=float, default=0.0, help="probability of an erased rectangle")
         add("--randaugment", type=int, nargs=2, metavar=("N", "M"),
-            help="N operations of magnitude M, at most 10, by the workers (folder and csv)")
+            help="N operations of magnitude M <= 10 (folder, csv)")
         add = self.add_argument_group("network and optimisation").add_argument
         add("--arch", default="resnet-tiny", choices=list(ARCHS))
-        add("--stem", default="imagenet", choices=["cifar", "imagenet"])
+        add("--stem", default="imagenet", choices=["cifar", "imagenet"],
+            help="3x3 convolution, or 7x7 and max-pool")
         if self.trains and method not in ("common", "sogclr_clip"):
-            add("--init", metavar="FILE", help="begin with the weights of a checkpoint or state "
-                "dict; torchvision: its own for the --arch")
-            add("--knn-queries", type=int, help="of more labelled test images, kNN of this many, "
-                "class-balanced, by seed (default: 10000)")
-        add("--epochs", type=int, default=20)
+            add("--init", metavar="FILE", help="begin with these weights; torchvision: its own")
+            add("--knn-queries", type=int, help="test images of the kNN (default: 10000 at most)")
+        add("--epochs", type=int, default=20, help="passes over the training images")
         add("--batch-size", type=int, default=256, help="B, over all processes")
-        add("--micro-batch", type=int, metavar="N", help="at most N images of a view at a time "
-            "through the network: less memory, the same gradient (default: all)")
+        add("--micro-batch", type=int, metavar="N",
+            help="images through the network at a time: less memory")
         add("--optimizer", default="sgd", choices=["sgd", "lars", "adamw"])
-        add("--lr", type=float, default=0.5)
-        add("--momentum", type=float, default=0.9)
-        add("--nesterov", action=argparse.BooleanOptionalAction, default=False)
-        add("--weight-decay", type=float, default=1e-4)
+        add("--lr", type=float, default=0.5, help="peak learning rate")
+        add("--momentum", type=float, default=0.9, help="of sgd and lars")
+        add("--nesterov", action=argparse.BooleanOptionalAction, default=False,
+            help="Nesterov momentum (sgd)")
+        add("--weight-decay", type=float, default=1e-4, help="L2 penalty; AdamW: decoupled")
         add("--amp", default="none", choices=["none", "bf16", "fp16", "auto"],
             help="mixed precision; auto: bf16 on CUDA")
         add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
             help="SyncBatchNorm on CUDA")
-        add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
-        add("--compile", action="store_true")
+        add("--channels-last", action=argparse.BooleanOptionalAction, default=False,
+            help="memory format of the convolutions")
+        add("--compile", action="store_true", help="torch.compile")
 
     def error(self, message):
         """One line instead of argparse's usage page."""
         raise BadInput(message)
 
+    def complete(self, args):
+        """Fill in defaults that depend on other flags (methods replace it)."""
+
+    def format_help(self, width=100):
+        """The docstring, the recipes, and one line for each flag: its value in force, and help."""
+        wrap = functools.partial(textwrap.wrap, width=width, break_on_hyphens=False,
+                                 subsequent_indent="    ")
+        lines = [f"usage: {self.prog} [--recipe NAME] [--FLAG VALUE ..]", "",
+                 self.description.strip(), "", *wrap(f"recipes: {', '.join(self.recipes)}"), "",
+                 f"Each flag with its value under --recipe {self.args.recipe} (no: --no-FLAG):"]
+        for group in filter(lambda g: g._group_actions, self._action_groups):
+            rows, too_long = [], []
+            for a in group._group_actions:
+                flag = next(name for name in a.option_strings if name.startswith("--"))
+                choices = " | ".join(a.choices or ())
+                start = f"  {flag:20} {shown(vars(self.args)[a.dest]):15}  "
+                line = start + "; ".join(filter(None, [choices, a.help]))
+                if len(line) > width and choices:
+                    line = start + (a.help or "see below")
+                    too_long += wrap(f"  values of {flag}: {choices}")
+                rows.append(line if len(line) <= width else f"{line[:width - 3]}...")
+            lines += ["", f"{group.title}:", *rows, *too_long]
+        return "\n".join([*lines, ""])
+
     def parse_args(self, argv=None):
         """Flags over recipe over defaults; checks the shared ones."""
         argv = sys.argv[1:] if argv is None else list(argv)
-        name = super().parse_known_args(argv)[0].recipe
+        given = self.parse_known_args(argv)[0]
+        own = "own" in self.recipes and not given.dataset.startswith("shapes")
+        name = given.recipe or ("own" if own and not vars(given).get("evaluate") else "demo")
         if name not in self.recipes:
             raise BadInput(f"--recipe {name}: there are {', '.join(self.recipes)}")
-        self.set_defaults(**self.recipes[name])
-        args = super().parse_args(argv)
+        self.set_defaults(**self.recipes[name], recipe=name)
+        self.args = args = super().parse_args(argv)
+        words = {word.split("=")[0] for word in argv}
+        args.set_by = {a.dest: self.inherited.get(a.dest) for a in self._actions
+                       if not words.intersection(a.option_strings)}
+        args.set_by |= {k: f"--recipe {name}" for k in self.recipes[name] if k in args.set_by}
         args.method, args.argv = self.method, argv
-        args.out = args.out or f"runs/{args.method}-{args.recipe}-seed{args.seed}"
+        if name == "own":
+            there = args.dataset in MEAN_STD and args.dataset != "captions"
+            name += f"-{args.dataset if there else Path(args.data_dir).resolve().name}"
+        args.out = args.out or f"runs/{args.method}-{name}-seed{args.seed}"
+        self.complete(args)
+        if args.help:
+            print(self.format_help(), end="")
+            raise SystemExit(0)
+        del args.help, args.set_by["help"]
         check_ranges(args, above=["epochs", "batch_size", "micro_batch", "image_size", "log_every",
                                   "knn_every", "save_every", "keep_every", "knn_k", "knn_t",
                                   "knn_queries"],
@@ -3205,15 +3293,18 @@ class EvaluationParser(Parser):
         super().__init__(method, doc, recipes)
         self.conflict_handler = "resolve"  # --out is one file here, not the folder of a run
         add = self.add_argument_group("checkpoint and results").add_argument
-        add("--checkpoint", required=True, help="file to evaluate; none: an untrained network")
-        add("--out", help=f"JSON file (default: {method}-RECIPE-LABEL.json beside the checkpoint)")
+        add("--checkpoint", help="file to evaluate; none: an untrained network")
+        add("--out", help=f"JSON file ({method}-RECIPE-LABEL.json)")
         self.set_defaults(**dict.fromkeys(  # None where the command line is silent
             ["recipe", "dataset", "arch", "stem", "lr", "lr_256", "fraction", "subset"]))
 
     def parse_args(self, argv=None):
         """Flag over recipe over checkpoint; self.checkpoint is the file's dict, {} for `none`."""
-        given = self.parse_known_args(argv)[0]
-        self.checkpoint = {} if given.checkpoint == "none" else load_checkpoint(given.checkpoint)
+        given = self.given = self.parse_known_args(argv)[0]
+        if given.checkpoint is None and not given.help:
+            raise BadInput("name a --checkpoint FILE, or --checkpoint none")
+        self.checkpoint = ({} if given.checkpoint in (None, "none") else
+                           load_checkpoint(given.checkpoint))
         if given.recipe is None:
             if given.subset and given.fraction is None:
                 raise BadInput("--subset needs a --recipe: semi-1, semi-10, or a probe")
@@ -3226,26 +3317,45 @@ class EvaluationParser(Parser):
                 keep += ["dataset", "data_dir", "train_file", "test_file", "classes", "label",
                          "limit_train", "mean", "std"]
             self.set_defaults(**{k: old[k] for k in keep})
+            self.inherited = dict.fromkeys(keep, "the checkpoint")
         if given.checkpoint == "none":  # else the weights tell
             self.set_defaults(arch="resnet-tiny", stem="imagenet")
         self.set_defaults(lr=1.0)  # given.lr is None where --lr is not written
         args = super().parse_args(argv)
-        if given.lr is None and args.lr_256:
-            args.lr = args.lr_256 * args.batch_size / 256
-        args.dataset, args.out = args.dataset or "shapes", given.out
         if args.dataset not in SOURCES:
             raise BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
         return args
 
+    def complete(self, args):
+        """The rate by --lr-256, the data set, and --out as it was typed."""
+        if self.given.lr is None and args.lr_256:
+            check_ranges(args, above=["lr_256"])
+            args.lr = args.lr_256 * args.batch_size / 256
+        args.dataset, args.out = args.dataset or "shapes", self.given.out
+
 
 def main(argv=None):
-    """`python common.py --dataset NAME --picture FILE`: look at a data set and its views."""
-    parser = Parser("common", "Save a sheet of images beside their augmented views.", {"demo": {}})
-    parser.add_argument("--picture", required=True, help="PNG file to write")
-    parser.set_defaults(batch_size=8)  # rows of the sheet
+    """`python common.py --picture FILE`: look at a data set and the views that a run trains with.
+
+    --method NAME takes the recipes of that method; the other flags are those of its run.
+    """
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--method", default="clinfonce")
+    method = given.parse_known_args(argv)[0].method
+    parser = Parser("common", "Save a sheet of images beside their augmented views.", {})
+    add = parser.add_argument_group("picture").add_argument
+    add("--picture", default="views.png", help="PNG file to write")
+    add("--method", default="clinfonce", choices=METHODS, help="whose recipes")
+    if method in METHODS:
+        known = {a.dest for a in parser._actions}
+        module = importlib.import_module(method)
+        parser.recipes = {name: {k: v for k, v in flags.items() if k in known}
+                          for name, flags in module.RECIPES.items()}
 
     def picture(args):
         data = load(args, setup(args))
+        if method == "sogclr_clip":
+            module.in_memory(data, data.train)
         views_picture(data, augmentation(args), args.picture)
         print(f"{len(data.train)} training and {len(data.test)} test images; columns "
               f"{', '.join(data.train.columns)}; {args.picture}")

@@ -513,26 +513,22 @@ def main(argv=None):
     """Parse the flags and evaluate; `main([...])` runs in this process."""
     parser = common.EvaluationParser("linear_eval", __doc__, RECIPES)
     add = parser.add_argument_group("evaluation").add_argument
-    add("--picture", nargs="?", const="", help="save a retrieval grid (default: beside --out)")
+    add("--picture", nargs="?", const="", help="save a grid of nearest images (beside --out)")
     add("--retrieval-labels", nargs="+", default=[], help="further columns for R@k and mAP@R")
     add("--min-per-class", type=int, default=1, help="leave out classes with fewer training images")
-    add("--fraction", type=float, help="share of the training images, class-balanced, by seed; "
-        "without --recipe: semi-1 below 0.05, else semi-10")
-    add("--subset", help="file of the training images to use, one file name or row number a line")
-    add("--mode", default="fast", choices=["fast", "linear", "finetune", "features"],
-        help="see above; features: only --features and --embedding, of all images")
-    add("--save", metavar="FILE", help="save the backbone and the linear layer, `fc`, as a state "
-        "dict that torchvision loads")
+    add("--fraction", type=float, help="share of the training images (recipe semi-1, semi-10)")
+    add("--subset", help="file of the training images to use, a name or row a line")
+    add("--mode", default="fast", choices=["fast", "linear", "finetune", "features"])
+    add("--save", metavar="FILE", help="save backbone and linear layer, for torchvision")
     add("--features", metavar="FILE.npz", help="save the features of all images that are used")
     add("--features-type", default="float32", choices=["float16", "float32"])
-    add("--embedding", metavar="FILE.png", help="picture of the test features in two dimensions "
-        "(PCA), coloured by --label")
+    add("--embedding", metavar="FILE.png", help="picture of the test features (PCA) by --label")
     add("--lrs", type=float, nargs="+", default=[1.0], help="fast: learning rates of the grid")
     add("--weight-decays", type=float, nargs="+", default=[0.0], help="fast: those of the grid")
     add("--lr-backbone", type=float, default=0.01, help="finetune; --lr is that of the new layer")
     add("--lr-256", type=float, help="rate per 256 images of the batch, where --lr is not given")
     add("--schedule", default="cosine", choices=["cosine", "cosine-epoch", "steps"],
-        help="per iteration to 0, per epoch to 0.001 lr, or --gamma at --milestones")
+        help="steps: see --milestones")
     add("--milestones", type=int, nargs="+", default=[], help="epochs after which the rate drops")
     add("--gamma", type=float, default=0.1, help="factor of a drop")
     add("--init-std", type=float, default=0.0, help="of the new layer's weights (0: torch's init)")

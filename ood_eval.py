@@ -388,10 +388,8 @@ def main(argv=None):
     """Parse the flags and evaluate; `main([...])` runs in this process."""
     parser = common.EvaluationParser("ood_eval", __doc__, RECIPES)
     add = parser.add_argument_group("evaluation").add_argument
-    add("--outliers", nargs="+", help="unseen (shapes), another data set, NAME=FILE.npz, "
-        "NAME=FOLDER; the files below --data-dir")
-    add("--outlier-classes", nargs="+", help="classes of the outliers to use: names, or a "
-        "file with one a line")
+    add("--outliers", nargs="+", help="unseen (shapes), a data set, NAME=FILE.npz, NAME=FOLDER")
+    add("--outlier-classes", nargs="+", help="classes of the outliers to use: names, or a file")
     add("--ridge", type=float, default=1e-6, help="on the diagonal of a covariance (G1, G2)")
     add("--k", type=int, default=50, help="k of the k-NN distance (G3)")
     add("--bootstrap", type=int, default=1000, help="samples of the intervals, 0: none")

@@ -77,6 +77,8 @@ RECIPES = {
     "c10": dict(  # all methods' longer run; 7,800 steps are a twelfth of [R]'s: so is the memory
         SMALL, dataset="cifar10", epochs=40, ranks=["label", "coarse"], crop=[0.08, 1.0],
         queue=512, key_momentum=0.88, knn_every=8),
+    "own": dict(  # [K] your images and their classes; with a coarser column: --loss rince-out-in
+        SMALL, loss="scl-out", ranks=["label"], queue=0, key_momentum=0.9),
     "cifar100": CIFAR,
     "cifar100-ce": dict(  # [R] crop and flip; with the contrastive views: --jitter-p 0.8 --gray 0.2
         CIFAR, loss="ce", epochs=500, lr=0.8, jitter_p=0.0, gray=0.0),
@@ -424,6 +426,7 @@ def check(args):
         raise common.BadInput(f"--threshold {args.threshold}: must decrease, from at most 1")
     if args.loss == "ce":
         common.reject_unused(args, ["tau_min", "tau_max", "min_prob"], "by --loss ce")
+    common.check_schedule(args, learning_rate, 10, 10 * args.warmup)
     if not args.similarity:
         common.reject_unused(args, ["threshold"], "without --similarity")
     if args.batch_size < 2 and args.queue == 0 and args.loss != "ce":
@@ -445,24 +448,21 @@ def main(argv=None):
     parser = common.Parser("rince", __doc__, RECIPES)
     add = parser.add_argument_group("RINCE").add_argument
     add("--loss", default="rince-out-in", choices=list(FORMS),
-        help="rince-uni: one positive per rank; scl: one rank, classes or superclasses; ce: a "
-        "baseline, predicts the class from one view by cross-entropy")
+        help="uni: one positive a rank; scl: one rank; ce: baseline")
     add("--ranks", nargs="+", default=["label", "coarse"],
-        help="label columns from fine to coarse: rank 1 shares the first, rank 2 the second, ...")
-    add("--similarity", help="CSV or npz of class similarities (or ranks) instead of a chain (E8)")
+        help="label columns from fine to coarse: rank 1, 2 and so on")
+    add("--similarity", help="CSV or npz of class similarities or ranks (E8)")
     add("--threshold", type=float, nargs="+", default=[0.4], help="t_2 > t_3 > .. of --similarity")
     add("--rank2-positives", default="siblings", choices=["siblings", "cumulative"],
-        help="positives of term 2: the other classes of the superclass, or also the anchor's class "
-        "(the authors' CIFAR command)")
+        help="cumulative: own class too")
     add("--tau-min", type=float, default=0.1, help="temperature of rank 1 (E2)")
-    add("--tau-max", type=float, default=0.6, help="temperature of similarity 0 (E2); equal to "
-        "--tau-min: one for all ranks")
-    add("--queue", type=int, default=4096, help="K, keys in the queue; 0: use those of the batch")
+    add("--tau-max", type=float, default=0.6, help="temperature of similarity 0 (E2)")
+    add("--queue", type=int, default=4096, help="K, keys of the queue; 0: those of the batch")
     add("--key-momentum", "--m", type=float, default=0.99, help="m of E7, of the key encoder")
     add("--dim", type=int, default=128, help="D, width of the embedding")
     add("--min-prob", type=float, default=1e-7, help="drop entries with pi <= this (E5); 0: none")
     add("--schedule", default="cosine-epoch", choices=["cosine-epoch", "cosine"],
-        help="by epoch to 0.001 lr (the authors'), or by iteration to 0")
+        help="by epoch to 0.001 lr; by step to 0")
     add("--warmup", type=int, default=10, help="epochs of linear warm-up")
     common.run(train, parser, argv)
 

@@ -88,6 +88,9 @@ RECIPES = {
         test_file="flickr8k/test_retrieval.json", image_root=["flickr8k/images"],
         model="tiny-resnet", image_size=32, epochs=4, batch_size=256, lr=1e-3, warmup=100,
         tau=0.05, mask_repeats=True),
+    "own": dict(  # [K] your images and captions
+        BASE, model="tiny-resnet", epochs=20, batch_size=128, lr=1e-3, tau=0.05,
+        mask_repeats=True),
     "cc3m": CC3M,
     "cc3m-100k": dict(  # the layout of the HybridSogCLR course project; [F] batch
         CC3M, train_file="clip_train/cc3m_train_subset.json",
@@ -969,6 +972,8 @@ def train(args):
         return evaluate_checkpoint(args)
     device = common.setup(args)
     data = common.load(args, device)
+    common.check_schedule(args, learning_rate, data.steps_per_epoch,
+                          args.warmup * (args.schedule == "cosine"))
     for table in (data.train, data.test):
         in_memory(data, table)
     clip, tokenizer = towers(args)
@@ -1111,14 +1116,24 @@ def learning_rate(step, steps_per_epoch, args):
 # ---------------------------------------------------------------------------------- flags
 
 
-def check(args):
-    """Set the loss's defaults; raise BadInput for flags that do not fit together."""
-    uses, names = LOSSES[args.loss], {name for flags in LOSSES.values() for name in flags}
-    common.reject_unused(args, sorted(names - uses.keys()), f"by --loss {args.loss}; it uses: "
-                         f"{', '.join(uses) or 'none of them'}")
-    for name in names:
+OF_LOSSES = {name for flags in LOSSES.values() for name in flags}
+
+
+def loss_defaults(args):
+    """Fill in the flags that --loss uses, and set the others to None."""
+    uses = LOSSES[args.loss]
+    for name in OF_LOSSES:
         value = getattr(args, name, None) if name in uses else None  # eps has no flag
         setattr(args, name, uses.get(name) if value is None else value)
+
+
+def check(args):
+    """BadInput for flags that do not go together."""
+    uses = LOSSES[args.loss]
+    common.reject_unused(args, sorted(OF_LOSSES - uses.keys()), f"by --loss {args.loss}; it uses: "
+                         f"{', '.join(uses) or 'none of them'}")
+    if args.epochs == 1:  # u is set in epoch 0 and averaged from epoch 1 on
+        common.reject_unused(args, ["gamma", "gamma_schedule", "eta_schedule"], "in --epochs 1")
     if args.optimizer == "lars":
         raise common.BadInput("--optimizer lars does not work here; use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
@@ -1136,36 +1151,31 @@ def check(args):
 def main(argv=None):
     """Parse the flags and train or evaluate; `main([...])` runs in this process."""
     parser = common.Parser("sogclr_clip", __doc__, RECIPES)
+    parser.complete = loss_defaults
     add = parser.add_argument_group("SogCLR on CLIP").add_argument
     add("--loss", default="sogclr", choices=list(LOSSES),  # or as in the original: isogclr_new_v1
         type=lambda name: name.replace("_new", "").replace("_", "-"))
-    add("--model", default="tiny-resnet", help=f"{', '.join(TINY)}, or any name of open_clip: "
-        "RN50, ViT-B-32, ...")
+    add("--model", default="tiny-resnet", help=f"{', '.join(TINY)}, or a name of open_clip")
     add("--pretrained", help="tag of open_clip (downloads), or a file of weights")
     add("--tau", type=float, help="temperature, or its initial value")
-    add("--learn-tau", choices=["none", "global", "sample"], help="clip, cyclip: learn one tau, "
-        "or one for each image and caption")
+    add("--learn-tau", choices=["none", "global", "sample"], help="clip, cyclip; sample: one an id")
     add("--tau-bounds", type=float, nargs=2, help="bounds of learned temperatures")
-    add("--tau-lr", type=float, help="peak learning rate of temperatures or of their network")
+    add("--tau-lr", type=float, help="peak rate of temperatures or their network")
     add("--gamma", type=float, help="weight of the new value in u (E7)")
-    add("--gamma-schedule", choices=["constant", "cosine"], help="cosine: from 1 to --gamma in "
-        "half of the epochs (FastCLIP)")
+    add("--gamma-schedule", choices=["constant", "cosine"], help="from 1 in half the epochs")
     add("--rho", type=float, help="radius of the KL constraint (E12)")
     add("--eta", type=float, help="step size of the temperatures (E14)")
     add("--eta-schedule", choices=["const", "cosine", "exp"])
     add("--beta", type=float, help="weight of the new value in v (E13)")
     add("--lambda-mi", type=float, help="share of the MINE loss in sogclr-mine (E26)")
     add("--mask-repeats", action=argparse.BooleanOptionalAction, default=False,
-        help="pairs with the same image or caption are not negatives of each other")
-    add("--schedule", default="cosine", choices=["authors", "cosine"], help="authors: by epoch; "
-        "cosine: by iteration to 0 after --warmup steps")
+        help="equal images or captions are no negatives")
+    add("--schedule", default="cosine", choices=["authors", "cosine"], help="authors: by epoch")
     add("--warmup", type=int, default=0, help="steps (cosine), or steps of 100 iterations")
-    add("--evaluate", metavar="CHECKPOINT", help="a checkpoint, or openclip:MODEL/TAG_OR_FILE: "
-        "retrieval and zero-shot on the test set, no training")
-    add("--class-names", metavar="FILE", help="zero-shot: class names in order, one per line, "
-        "and templates (lines with {}); or imagenet, open_clip's list")
-    add("--zs-original", action="store_true", help="zero-shot: normalise images with the mean and "
-        "std of their own data set instead of those of training")
+    add("--evaluate", metavar="CHECKPOINT", help="do not train: test a file, or "
+        "openclip:MODEL/TAG_OR_FILE")
+    add("--class-names", metavar="FILE", help="zero-shot: names and templates ({}), or imagenet")
+    add("--zs-original", action="store_true", help="zero-shot: mean and std of the data set itself")
     common.run(train, parser, argv)
 
 

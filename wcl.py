@@ -76,6 +76,7 @@ RECIPES = {
     "c10": dict(  # all methods' longer run; 4 weak epochs of 40, as 10 of 100 in [R]
         SMALL, dataset="cifar10", epochs=40, crop=[0.08, 1.0], weak_crop=[0.2, 1.0],
         weak_epochs=4, knn_every=8),
+    "own": dict(SMALL),  # your images
     "cifar10": dict(CIFAR, dataset="cifar10"),
     "cifar100": dict(CIFAR, dataset="cifar100"),
     "imagenet100": dict(PAPER, batch_size=1024, epochs=200),                 # [S]
@@ -89,7 +90,7 @@ RECIPES = {
     "imagenet-paper-800": dict(PAPER, epochs=800),                  # 72.2 (an earlier README)
 }
 # the authors have none of these
-OWN = ("demo", "c100-small", "c10", "cifar10", "cifar100", "imagenet100")
+OWN = ("demo", "own", "c100-small", "c10", "cifar10", "cifar100", "imagenet100")
 
 # ---------------------------------------------------------------------------------- loss
 
@@ -492,18 +493,17 @@ def main(argv=None):
     add("--dim", type=int, default=256, help="D, width of the embeddings")
     add("--warmup", type=int, default=10, help="epochs of linear warm-up (E8)")
     add("--lr-rule", default="fixed", choices=["fixed", "sqrt"],
-        help="base rate: --lr, or --lr times the square root of the global batch (E8)")
-    add("--lars-groups", default="name", choices=["name", "kind"], help="what LARS leaves out: "
-        "tensors with bn or bias in their name (the authors'), or all vectors")
-    add("--weak-epochs", type=int, help="number of first epochs with the weak augmentation "
-        "(default: --warmup)")
-    add("--weak-crop", type=float, nargs=2, default=[0.2, 1.0], help="weak --crop")
-    add("--weak-jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1], help="weak --jitter")
-    add("--crops", type=int, default=0, help="C, small crops per image (E9, our reconstruction); "
-        "0: none")
+        help="sqrt: --lr times sqrt(B) (E8)")
+    add("--lars-groups", default="name", choices=["name", "kind"],
+        help="what LARS leaves out: bn and bias, or vectors")
+    add("--weak-epochs", type=int, help="first epochs, with weak augmentation (default: warm-up)")
+    add("--weak-crop", type=float, nargs=2, default=[0.2, 1.0], help="as --crop, while weak")
+    add("--weak-jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1],
+        help="as --jitter, while weak")
+    add("--crops", type=int, default=0, help="C, small crops an image (E9, a reconstruction)")
     add("--crop-k", type=int, default=4, help="K neighbours that are positives of a crop (E9)")
     add("--crop-positives", default="neighbours", choices=["neighbours", "components"],
-        help="P of E9: the K neighbours, or the images of the same component")
+        help="P of E9")
     add("--gamma", type=float, default=1.0, help="weight of L_cNCE (E9)")
     add("--delta", type=float, default=1.0, help="weight of L_cK (E9)")
     add("--picture", action="store_true", help="save components.png: images by weak label")

@@ -36,7 +36,7 @@ FILES = [*TINY, "--clusters", "instance", "--batch-size", "4"]
 @pytest.fixture
 def refused(refused_by):
     """refused(flags, *words, status=2): see runs.refused_by."""
-    return functools.partial(refused_by, clinfonce.main, says=["clusters "])
+    return functools.partial(refused_by, clinfonce.main, says=["clusters ", "recipe own"])
 
 
 # ---------------------------------------------------------------------------------- flags
@@ -59,7 +59,7 @@ def refused(refused_by):
     (["--tau", "nan"], ["--tau must be above 0"]),
     (["--warmup", "-1"], ["--warmup must be at least 0, got -1"]),
     (["--kmeans-warmup", "-2"], ["--kmeans-warmup must be at least 0, got -2"]),
-    (["--warmup", "2"], ["--warmup 2 is more than --epochs 1"]),
+    (["--warmup", "2"], ["--warmup 2 is longer than the training (--epochs 1)"]),
     (["--schedule", "exp", "--warmup", "0"], ["--warmup is not used by --schedule exp"]),
     (["--k", "5"], ["--k is not used without --clusters kmeans"]),
     (["--clusters", "kmeans", "--k", "5", "--kmeans-warmup", "9"], ["K-means never runs"]),

@@ -482,7 +482,7 @@ def test_the_names_of_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--recipe", "imagnet"], "--recipe imagnet: there are demo, c100-small, cifar10"),
+    (["--recipe", "imagnet"], "--recipe imagnet: there are demo, c100-small, c10, own, "),
     (["--epochs", "0"], "--epochs must be above 0"),
     (["--log-every", "-1"], "--log-every must be above 0"),
     (["--knn-t", "nan"], "--knn-t must be above 0"),

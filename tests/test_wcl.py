@@ -727,8 +727,8 @@ def test_recipes(name):
     wcl.check(recipe)
     top = max(wcl.learning_rate(t, 10, recipe) for t in range(10 * recipe.epochs))
     assert top == pytest.approx({"imagenet100": 2.4, "cifar10": 1.697056, "cifar100": 1.697056,
-                                 "demo": 0.5, "c100-small": 0.5, "c10": 0.5}.get(name, 4.8),
-                                abs=1e-6)
+                                 "demo": 0.5, "own": 0.5, "c10": 0.5,
+                                 "c100-small": 0.5}.get(name, 4.8), abs=1e-6)
     if name.startswith("imagenet") and name != "imagenet100":
         paper = "paper" in name
         assert (recipe.hidden, recipe.dim) == ((2048, 128) if paper else (4096, 256))
