@@ -3148,8 +3148,7 @@ class Parser(argparse.ArgumentParser):
         add("--log-every", type=int, default=50, help="steps; a line at every epoch's end too")
         add("--knn-every", type=int, default=5, help="epochs between kNN evaluations")
         add("--save-every", type=int, default=1, help="epochs between checkpoints")
-        add("--keep-every", type=int, help="epochs between checkpoints that are kept under their "
-            "own name, checkpoint-EPOCH.pt (default: none)")
+        add("--keep-every", type=int, help="epochs between checkpoints that are kept")
         add("--knn-k", type=int, default=200, help="K of the weighted kNN")
         add("--knn-t", type=float, default=0.07, help="T of the weighted kNN")
         add = self.add_argument_group("data").add_argument

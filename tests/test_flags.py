@@ -131,7 +131,6 @@ def test_an_unlabelled_folder_has_no_entropies(tmp_path, capsys):
 
 @pytest.mark.parametrize("main, argv, words", [
     (clinfonce.main, ["--recipe", "demo", "--batch-size", "10"],
-     "--clusters coarse+pattern+size: no column 'coarse'; the data set has: label "
      "(--clusters coarse+pattern+size comes from --recipe demo)"),
     (clinfonce.main, ["--limit-train", "5"], "(--batch-size 256 comes from --recipe own)"),
     (clinfonce.main, ["--batch-size", "20", "--epochs", "0"], "--epochs must be above 0, got 0"),
