@@ -585,8 +585,8 @@ def check(args):
             common.reject_unused(args, names, why)
     common.check_schedule(args, learning_rate, 10, 10 * args.warmup * (
         args.schedule != "cosine-epoch"))
-    if args.schedule == "steps" and min(args.milestones) >= args.epochs:
-        raise common.BadInput(f"--milestones {common.shown(args.milestones)}: none is below "
+    if args.schedule == "steps" and min(args.milestones) > args.epochs:
+        raise common.BadInput(f"--milestones {common.shown(args.milestones)}: all are above "
                               f"--epochs {args.epochs}, so that the rate never drops")
     if moco and args.queue < args.batch_size:
         raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "

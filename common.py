@@ -3079,18 +3079,19 @@ def check_views(args, crop="crop", jitter="jitter"):
         raise BadInput(f"{flag_name(jitter)} {strength}: none below 0, the hue at most 0.5")
 
 
-def check_schedule(args, learning_rate, steps_per_epoch, warmup=0):
-    """BadInput if `warmup` steps are more than all, or the rate never gets to half of --lr."""
+def check_schedule(args, learning_rate, steps_per_epoch, warmup):
+    """BadInput if `warmup` steps are more than all, or if the rate does not rise in them."""
     steps = args.epochs * steps_per_epoch
     if warmup > steps:
         raise BadInput(f"--warmup {args.warmup} is longer than the training (--epochs "
                        f"{args.epochs}{f', {steps} steps' * (warmup == args.warmup)}), so that the "
-                       "rate never gets to --lr: take less, or 0")
+                       "learning rate never gets to its peak: take less, or 0")
     rates = [learning_rate(step, steps_per_epoch, args)
              for step in range(0, steps, max(1, steps // 1000))]
-    if max(rates) < args.lr / 2:
-        raise BadInput(f"--schedule {args.schedule} in --epochs {args.epochs} never gets above "
-                       f"{max(rates):.3g}: take more epochs, or another schedule")
+    if warmup and max(rates) < args.lr / 20:
+        raise BadInput(f"--warmup {args.warmup} of --schedule {args.schedule} in {steps} steps: the "
+                       f"rate never gets above {max(rates):.3g}; take more epochs, or another "
+                       "schedule")
 
 
 def reject_unused(args, names, why):

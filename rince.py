@@ -410,6 +410,12 @@ def learning_rate(step, steps_per_epoch, args):
 # ---------------------------------------------------------------------------------- flags
 
 
+def own_loss(args):
+    """Recipe own has one rank, unless --similarity or several --ranks are given."""
+    if args.recipe == "own" and "loss" in args.set_by and (args.similarity or len(args.ranks) > 1):
+        args.loss = "rince-out-in"
+
+
 def check(args):
     """Raise BadInput for flags that do not fit together, before any data are read."""
     if not 0 < args.tau_min <= args.tau_max:
@@ -446,6 +452,7 @@ def check(args):
 def main(argv=None):
     """Parse the flags and train; `main([...])` runs in this process."""
     parser = common.Parser("rince", __doc__, RECIPES)
+    parser.complete = own_loss
     add = parser.add_argument_group("RINCE").add_argument
     add("--loss", default="rince-out-in", choices=list(FORMS),
         help="uni: one positive a rank; scl: one rank; ce: baseline")

@@ -972,8 +972,7 @@ def train(args):
         return evaluate_checkpoint(args)
     device = common.setup(args)
     data = common.load(args, device)
-    common.check_schedule(args, learning_rate, data.steps_per_epoch,
-                          args.warmup * (args.schedule == "cosine"))
+    common.check_schedule(args, learning_rate, data.steps_per_epoch, args.warmup)
     for table in (data.train, data.test):
         in_memory(data, table)
     clip, tokenizer = towers(args)

@@ -660,7 +660,7 @@ def test_torchrun_and_the_test_it_names(tmp_path, capsys):
 @pytest.fixture
 def refused(refused_by):
     """refused(flags, *words, status=2): see runs.refused_by."""
-    return functools.partial(refused_by, rince.main, says=["ranks of "])
+    return functools.partial(refused_by, rince.main, says=["ranks of ", "recipe own"])
 
 
 TINY = [*BASE, "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--queue", "32"]

@@ -527,7 +527,7 @@ def test_models_of_open_clip_are_built_offline():
 
 
 VERY_SMALL = [*BASE, "--model", "tiny-vit", "--limit-train", "32", "--batch-size", "16", "--epochs",
-              "1"]
+              "1", "--warmup", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -570,7 +570,7 @@ def test_every_loss_trains(run_main, tmp_path, loss):
     ["isogclr-v2"], ["hybrid"], ["isogclr-tempnet"], ["sogclr-mine", "--lambda-mi", "0.5"],
     ["fastclip"], ["clip", "--learn-tau", "sample"]], ids=lambda a: a[0])
 def test_stopped_runs_go_on_exactly(goes_on_exactly, argv):
-    goes_on_exactly(sogclr_clip.main, [*SMALL, "--model", "tiny-vit", "--knn-every", "9",
+    goes_on_exactly(sogclr_clip.main, [*SMALL, "--warmup", "0", "--model", "tiny-vit", "--knn-every", "9",
                                        "--save-every", "9", "--loss", *argv])
 
 
@@ -852,7 +852,8 @@ def test_train_on_captions(captions, tmp_path, monkeypatch, in_memory):
 def test_image_files_without_captions_are_refused(refused_by, tmp_path):
     write_folder(tmp_path / "data", {f"{part}/{c}": 2 for part in ("train", "val") for c in "ab"})
     refused_by(sogclr_clip.main, ["--device", "cpu", "--dataset", "folder", "--data-dir",
-                                  tmp_path / "data", "--batch-size", "2"], "has no captions")
+                                  tmp_path / "data", "--batch-size", "2"], "has no captions",
+               says=["recipe own"])
 
 
 def test_retrieval_of_repeated_captions():
