@@ -3089,8 +3089,8 @@ def check_schedule(args, learning_rate, steps_per_epoch, warmup):
     rates = [learning_rate(step, steps_per_epoch, args)
              for step in range(0, steps, max(1, steps // 1000))]
     if warmup and max(rates) < args.lr / 20:
-        raise BadInput(f"--warmup {args.warmup} of --schedule {args.schedule} in {steps} steps: the "
-                       f"rate never gets above {max(rates):.3g}; take more epochs, or another "
+        raise BadInput(f"--warmup {args.warmup} of --schedule {args.schedule} in {steps} steps: "
+                       f"the rate never gets above {max(rates):.3g}; take more epochs, or another "
                        "schedule")
 
 

@@ -570,8 +570,8 @@ def test_every_loss_trains(run_main, tmp_path, loss):
     ["isogclr-v2"], ["hybrid"], ["isogclr-tempnet"], ["sogclr-mine", "--lambda-mi", "0.5"],
     ["fastclip"], ["clip", "--learn-tau", "sample"]], ids=lambda a: a[0])
 def test_stopped_runs_go_on_exactly(goes_on_exactly, argv):
-    goes_on_exactly(sogclr_clip.main, [*SMALL, "--warmup", "0", "--model", "tiny-vit", "--knn-every", "9",
-                                       "--save-every", "9", "--loss", *argv])
+    goes_on_exactly(sogclr_clip.main, [*SMALL, "--warmup", "0", "--model", "tiny-vit",
+                                       "--knn-every", "9", "--save-every", "9", "--loss", *argv])
 
 
 def test_the_log_has_the_statistics(run_main, tmp_path):
