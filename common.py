@@ -621,9 +621,9 @@ class Table:
             paths=rows_of(self.paths), captions=rows_of(self.captions), index=self.index[rows])
 
 
-def ids_of(values):
+def ids_of(values, key=None):
     """Ids (N,) int64 of N texts, and the sorted names: the distinct texts. "" is -1, unlabelled."""
-    names = sorted(set(values) - {""})
+    names = sorted(set(values) - {""}, key=key)
     place = {name: i for i, name in enumerate(names)} | {"": -1}
     return torch.tensor([place[v] for v in values], dtype=torch.int64), names
 
@@ -869,10 +869,9 @@ def folder_table(folder, names, skipped, held_out=None):
     paths, labels = [], []
     for name in names or ["."]:
         images = list_images(folder / name, skipped)
-        below = sorted({os.path.relpath(p, folder / name).split(os.sep)[0] for p in images})
-        inner = [b for b in below if SPLIT.fullmatch(b)] or [
-            b for b in below if len(names) == 1 and not os.path.splitext(b)[1]]
-        if inner:
+        start = len(os.path.join(folder / name, ""))
+        below = sorted({p[start:].partition(os.sep)[0] for p in images if os.sep in p[start:]})
+        if inner := [b for b in below if len(names) == 1 or SPLIT.fullmatch(b)]:
             raise BadInput(f"{folder / name} holds the folder {inner[0]}/, so {name} is no class"
                            f"{LAYOUT}")
         if not images:
@@ -949,7 +948,7 @@ def read_rows(source):
                             quoting=csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL,
                             skipinitialspace=not tab)
         names = None
-        for row in filter(None, reader):
+        while (row := _next_row(source, reader)) is not None:
             if names is None:
                 row = names = [name.strip() for name in row]
                 if twice := [n for i, n in enumerate(names) if n and n in names[:i]]:
@@ -961,6 +960,14 @@ def read_rows(source):
             yield row
         if names is None:
             raise BadInput(f"{source} cannot be read: it is empty")
+
+
+def _next_row(source, reader):
+    """The next row that is not empty, None at the end; BadInput with the line if it is broken."""
+    try:
+        return next(filter(None, reader), None)
+    except csv.Error as error:
+        raise BadInput(f"{source}, line {reader.line_num} cannot be read: {error}") from None
 
 
 def _csv(args):
@@ -985,20 +992,18 @@ def csv_table(root, file):
             raise BadInput(f"{source} has no column {name!r}; it has: {', '.join(names)}")
     if "label" in names:
         raise BadInput(f"{source}: a column named label would be lost; `class` becomes label")
-    index, named = map(str, range(len(rows))), names[0] not in ("", "index", "Unnamed: 0")
-    if not named:
-        rows = [row for row in rows if row[0].strip() != "-1"]
-        index = [row[0].strip() for row in rows]
+    numbered = names[0] in ("", "index", "Unnamed: 0")
+    rows = [[v.strip() for v in row] for row in rows if not numbered or row[0].strip() != "-1"]
     if not rows:
         raise BadInput(f"{source} has no row of an image")
-    index, columns, classes = [*index], {}, {}
+    index = [row[0] for row in rows] if numbered else [*map(str, range(len(rows)))]
     if strange := [v for v in index if not INTEGER.fullmatch(v)]:
         raise BadInput(f"{source}: index {strange[0]!r} is not an integer")
-    fields = dict(zip(names, ([v.strip() for v in column] for column in zip(*rows))))
-    for name in names:
-        if name in ("", "path") or name == names[0] and not named:
+    columns, classes = {}, {}
+    fields = dict(zip(names[numbered:], zip(*(row[numbered:] for row in rows))))
+    for name, values in fields.items():
+        if name in ("", "path"):
             continue
-        values = fields[name]
         texts = [i for i, v in enumerate(values) if v and not INTEGER.fullmatch(v)]
         if not texts:
             columns[name] = torch.tensor([int(v.split(".")[0]) if v else -1 for v in values])
@@ -1007,13 +1012,9 @@ def csv_table(root, file):
                            f"{values[texts[0]]!r} is not an integer")
         else:
             columns[name], classes[name] = ids_of(values)
-    columns["label"], classes["label"] = columns["class"], classes.get("class")
-    if "class" not in classes:  # numbers: they are the names
-        ids = columns["class"].unique()
-        ids = ids[ids >= 0]
-        classes["label"] = [str(v) for v in ids.tolist()]
-        columns["label"] = torch.searchsorted(ids, columns["class"]).where(
-            columns["class"] >= 0, torch.tensor(-1))
+    numbers = ["" if v < 0 else str(v) for v in columns["class"].tolist()]
+    columns["label"], classes["label"] = (columns["class"], classes["class"]) if (
+        "class" in classes) else ids_of(numbers, int)
     paths = [_inside(root, p, source, i) for p, i in zip(fields["path"], index, strict=True)]
     lost = [name for name, path in zip(fields["path"], paths) if path is None]
     table = Table(columns, classes, paths=paths, source=str(source),
@@ -1104,10 +1105,6 @@ def _caption_fault(text):
     return "no Unicode" if re.search("[\ud800-\udfff]", text) else None
 
 
-COCO = ("; COCO's own files (images, annotations) are not read as they are: write a list with one "
-        '{"image": file_name, "caption": text, "image_id": id} for each of the annotations')
-
-
 def _caption_entries(source):
     """(path, list of texts, image_id or None) of every entry of a caption file."""
     with reading(f"caption file {source}"), open(source, encoding=encoding_of(source),
@@ -1116,22 +1113,24 @@ def _caption_entries(source):
     if start in ("[", "{"):
         entries = read_json(f"caption file {source}", source)
         if not isinstance(entries, list):
-            raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list"
-                           f"{COCO if isinstance(entries, dict) else ''}")
+            raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list; COCO's own "
+                           "files (images, annotations) are not read as they are: write one "
+                           '{"image": file_name, "caption": text, "image_id": id} for each of the '
+                           "annotations")
     else:
         entries = _caption_rows(source)
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise BadInput(f"{source}, entry {i} is a {type(entry).__name__}, not an object with "
                            "image and caption")
-        texts = [entry.get("caption")] if isinstance(entry.get("caption"), str) else \
-            entry.get("caption")
-        if not isinstance(entry.get("image"), str) or not isinstance(texts, list) or not texts \
-                or not all(isinstance(text, str) for text in texts) \
-                or isinstance(entry.get("image_id"), (dict, list)):
+        image, texts, image_id = map(entry.get, ("image", "caption", "image_id"))
+        texts = [texts] if isinstance(texts, str) else texts
+        if isinstance(image_id, (dict, list)) or not (
+                isinstance(image, str) and isinstance(texts, list) and texts
+                and all(isinstance(text, str) for text in texts)):
             raise BadInput(f"{source}, entry {i} needs 'image', a path, and 'caption', a text or a "
                            f"list of texts; it is {str(entry)[:150]}")
-        yield entry["image"], texts, entry.get("image_id")
+        yield image, texts, image_id
 
 
 def _caption_rows(source):

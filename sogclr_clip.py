@@ -41,6 +41,10 @@ Memory:       every process holds about 6.5 B x B matrices of float32: 32 MiB at
     python sogclr_clip.py --recipe cc3m --data-dir DIR --micro-batch 64      # one small GPU
     torchrun --nproc_per_node=2 sogclr_clip.py --recipe cc3m --data-dir DIR --loss isogclr
     torchrun --nproc_per_node=8 sogclr_clip.py --recipe fastclip-cc3m --data-dir DIR
+CC3M as it is downloaded today: shards of img2dataset (its list needs the header caption<TAB>url).
+    img2dataset --url_list cc3m.tsv --input_format tsv --url_col url --caption_col caption
+        --output_format webdataset --image_size 256 --output_folder DIR/cc3m
+    torchrun --nproc_per_node=2 sogclr_clip.py --recipe cc3m --data-dir DIR --train-file cc3m
     python sogclr_clip.py --evaluate runs/sogclr_clip-demo-seed0/checkpoint.pt
     python sogclr_clip.py --evaluate openclip:ViT-B-32/openai --dataset captions --test-file F.json
 Measured: demo 158 CPU seconds in two processes, mean recall 0.8 -> 77.5 %, zero-shot 4.2 -> 85.9 %

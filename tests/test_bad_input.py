@@ -374,8 +374,8 @@ def test_test_set_without_labels_trains_without_knn(pack, tmp_path):
     ({(4, 1): "i/a,b.png"}, ",path,class,label_gran_3", "", ["line 6", "5 fields"]),
     ({}, "path,class,label_gran_3", "", ["line 2", "4 fields", "path, class, label_gran_3"]),
     ({(i, 3): f"{i},x" for i in range(12)}, ",path,class,label_gran_3,", "", ["line 2"]),
-    ({(4, 1): '"i/0004.png'}, ",path,class,label_gran_3", "", ["unexpected end of data"]),
-    ({(4, 1): '"i"/0004.png'}, ",path,class,label_gran_3", "", ["cannot be read"]),
+    ({(4, 1): '"i/0004.png'}, ",path,class,label_gran_3", "", ["line ", "unexpected end of data"]),
+    ({(4, 1): '"i"/0004.png'}, ",path,class,label_gran_3", "", ["line 6 cannot be read"]),
     ({}, ",path,class,class", "", ["two columns named 'class'"]),
 ])
 def test_csv_fields_are_counted(refused, table, cells, header, tail, words):
