@@ -3042,6 +3042,9 @@ def start_evaluation(args, checkpoint):
     else:
         backbone, loaded = load_backbone(args.checkpoint, checkpoint, args.arch, args.stem)
         description = describe_weights(args.checkpoint, loaded)
+    if taken := [f"{flag_name(k)} {shown(getattr(args, k))}" for k, by in args.set_by.items()
+                 if by == "the checkpoint" and getattr(args, k) is not None]:
+        description += f"\nfrom the checkpoint, as not typed: {', '.join(taken)}"
     record["backbone"] = loaded
     backbone = backbone.to(device, memory_format=memory_format(args)).eval()
     return record, path, device, backbone, description

@@ -255,8 +255,12 @@ def test_checkpoint_alone_brings_its_flags(trained, tmp_path, capsys):
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     knn = [line["knn_top1"] for line in log if "knn_top1" in line]
     assert record["results"]["knn"]["top1"] == pytest.approx(knn[-1])
-    assert "120 tensors of resnet18, imagenet stem, loaded from 'backbone.*'; left out: head (4)" \
-        in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert ("120 tensors of resnet18, imagenet stem, loaded from 'backbone.*'; left out: head (4)"
+            in lines[0])
+    assert lines[1].startswith("from the checkpoint, as not typed: --")
+    for flag in ("--limit-train 48", "--label coarse", "--seed 3", "--dataset shapes"):
+        assert flag in lines[1]
     # the untrained network of the same seed is the one that the run began with
     base = run(tmp_path, "--checkpoint", "none", "--arch", "resnet18", "--limit-train", "48",
                "--label", "coarse", "--seed", "3")
