@@ -123,9 +123,10 @@ def upcast(x):
 def npid(f, V, index, tau, block=2 ** 26):
     """Instance loss of NPID with a full softmax over the bank (E2), the mean over the rows.
 
-    Args: f (b, D) with gradient; V (n, D) bank, without; index (b,) int64, the image of each row;
-    tau: T; block: logits at a time. A larger bank is processed in blocks, whose logits the backward
-    pass computes again: those of ImageNet would take several times 1.3 GB for 256 rows.
+    Args: f (b, D) unit-norm with gradient, float16 and bfloat16 become float32; V (n, D) bank,
+    float32, unit-norm; index (b,) int64, the image of each row; tau: T; block: logits at a time. A
+    larger bank is processed in blocks, whose logits the backward pass computes again: those of
+    ImageNet would take several times 1.3 GB for 256 rows.
     """
     f, rows = upcast(f), max(1, block // len(f))
     if len(V) <= rows:
@@ -156,21 +157,23 @@ def npid_nce(P, n, eps=1e-7):
 
 def moco(q, k, Q, tau):
     """Instance loss of MoCo (E1, E5): the key of the same image against the queue, the mean over
-    the rows. Args: q (b, D); k (b, D) and queue Q (K, D) without gradient; tau: T."""
+    the rows. Args: q (b, D); k (b, D) and queue Q (K, D) without gradient, all unit-norm, in any
+    floating dtype (half precision becomes float32); tau: T."""
     q, k, Q = upcast(q), upcast(k), upcast(Q)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ Q.T], 1) / tau  # (b, 1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
 def infomin(q, q_jig, k, Q, tau, beta):
-    """Instance loss of InfoMin: queries q (2, b, D) and a jigsaw query (b, D), one key; scalar."""
+    """Instance loss of InfoMin: queries q (2, b, D) and a jigsaw query (b, D), one key, as of
+    `moco`; scalar."""
     both = (moco(q[0], k, Q, tau) + moco(q[1], k, Q, tau)) / 2
     return (1 - beta) * both + beta * moco(q_jig, k, Q, tau)
 
 
 def byol(p, z):
     """BYOL: each view's prediction against the other view's target, the mean over rows and views;
-    p, z (2, b, D)."""
+    p, z (2, b, D), unit-norm."""
     return (2 - 2 * (upcast(p) * upcast(z).flip(0)).sum(2)).mean()
 
 
@@ -178,7 +181,8 @@ def cld(f, k, iters=5, tau=0.2, k_eigen=0, group_rows=0):
     """Cross-level loss (E7): each view's rows against the groups of the other view.
 
     Args:
-        f: (2, B, D) unit-norm group features f_G of both views, with gradient.
+        f: (2, B, D) unit-norm group features f_G of both views, with gradient; float16 and
+            bfloat16 become float32.
         k, iters: see `group`.
         k_eigen: 0 groups by k-means; above 0 by normalised cuts (E10) with that many eigenvectors.
         tau: T_G > 0.
