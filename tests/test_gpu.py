@@ -66,7 +66,7 @@ VARIANTS = {  # name: module, flags, waits a step
     "crops from files": (wcl, ["--crops", "2", "--crop-positives", "components", *PHOTOS], 1),
     **{loss: (sogclr_clip, [*CAPTIONS, "--loss", loss], 1) for loss in sogclr_clip.LOSSES},
     "tau of a sample": (sogclr_clip, [*CAPTIONS, "--loss", "clip", "--learn-tau", "sample"], 1),
-    "sogclr on shapes": (sogclr_clip, [], 1),
+    "sogclr on shapes": (sogclr_clip, ["--warmup", "0", ], 1),
     "tempnet bf16": (sogclr_clip, [*CAPTIONS, "--loss", "isogclr-tempnet", "--model", "tiny-vit",
                                    "--amp", "bf16"], 1),
     "sogclr fp16": (sogclr_clip, [*CAPTIONS, "--amp", "fp16", "--optimizer", "sgd"], 2),
@@ -183,7 +183,7 @@ EVALUATIONS = {  # name: module, trained variant, flags, waits a step
     "ood": (ood_eval, "queue", OOD, None),
     "ood, softmax": (ood_eval, "rince cross-entropy", OOD, None),
     "ood from files": (ood_eval, "similarity from files", [
-        *OOD, "--outliers", "art=DATA/out", "shapes", "--data-dir", "DATA"], None),
+        *OOD, "--outliers", "art=../out", "shapes", "--data-dir", "DATA/tree"], None),
     "clip": (sogclr_clip, "sogclr on shapes", [], None),
     "clip from files": (sogclr_clip, "sogclr", [], None),
 }
