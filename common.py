@@ -639,7 +639,7 @@ def share_names(train, test):
         place = {name: i for i, name in enumerate(names or ())}
         for table in (train, test):
             ids, own = table.columns.get(column), table.classes.get(column)
-            if ids is None:
+            if ids is None or names == []:  # nothing to compare with: no training row has a value
                 continue
             if own is None or names is None:
                 why = f"column {column} has names in one of {train.source} and {test.source} only"
@@ -923,7 +923,7 @@ def _folder(args):
     for name in names:
         if name not in found:
             raise BadInput(f"class folder {test / name} is missing")
-    return train, folder_table(test, names if args.classes else found, skipped)
+    return train, folder_table(test, names and (names if args.classes else found), skipped)
 
 
 def read_rows(source):

@@ -396,6 +396,16 @@ def test_class_that_is_empty_or_minus_1_is_unlabelled(tmp_path, known):
     assert column(data.train, "k") == [1, -1, -1]
 
 
+def test_training_files_without_any_class(tmp_path):
+    """There is nothing to evaluate with, and nothing to refuse."""
+    write_folder(tmp_path, {"a": 4, "tree/train": 5, "tree/val/cat": 2, "tree/val/dog": 2})
+    data = write_csvs(tmp_path, "path,class\na/0000.png,\na/0001.png,-1\n",
+                      "path,class\na/0002.png,1\na/0003.png,2\n")
+    assert column(data.train) == [-1, -1] and common.knn_accuracy(None, data) is None
+    data = read("--dataset", "folder", "--data-dir", tmp_path / "tree")
+    assert (len(data.train), len(data.test)) == (5, 4) and set(column(data.test)) == {0}
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_byte_order_marks(tmp_path, encoding):
     write_folder(tmp_path, {"cat": 9, "dog": 9})
