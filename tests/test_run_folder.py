@@ -363,7 +363,7 @@ def test_data_that_changed(refused_by, tmp_path, name):
     change(moved)
     argv += ["--data-dir", str(moved)]
     if words:
-        refused_by(clinfonce.main, argv, tmp_path / "run", "other data", words)
+        refused_by(clinfonce.main, argv, tmp_path / "run", "other data", words, says=["recipe own"])
     else:
         clinfonce.main([*map(str, argv), "--out", str(tmp_path / "run")])
     header = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
@@ -456,7 +456,7 @@ def test_paths_with_blanks_are_quoted(run_main, tmp_path, capsys):
 
 
 def test_a_bar_is_closed_before_any_message(capsys):
-    parser = SimpleNamespace(prog="x.py", parse_args=lambda argv: None)
+    parser = common.Parser("x", "", {"demo": {}})
 
     def fails(error):
         def train(args):
@@ -468,7 +468,7 @@ def test_a_bar_is_closed_before_any_message(capsys):
                           (KeyboardInterrupt(), 1)):
         bars = []
         with pytest.raises(SystemExit) as stop:
-            common.run(fails(error), parser)
+            common.run(fails(error), parser, [])
         err = capsys.readouterr().err
         assert stop.value.code == status and bars[0].disable
         assert re.fullmatch(r"\r?bar.*\n(\r?bar.*\n)*x.py: .*\n", err), err
