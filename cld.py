@@ -514,7 +514,7 @@ def npid_loss(f, bank, batch, args):
         return sum(npid(v, bank.V, batch.rows[batch.own], args.tau) for v in f) / 2  # E2
     own = batch.rows[batch.own, None]  # column 0: the image itself
     exps = [exp_similarity(v, bank.V, torch.cat([own, drawn], 1), args.tau)
-            for v, drawn in zip(f, batch.drawn["negatives"])]  # (b, 1 + m) each
+            for v, drawn in zip(f, batch.drawn.values())]  # (b, 1 + m) each
     if batch.step == 0:
         bank.set_Z(exps[0])
     return sum(npid_nce(e / bank.Z, len(bank.V)) for e in exps) / 2  # E3
@@ -536,15 +536,15 @@ def make_memory(args, n, device):
 
 def draw(step, own, n, args):
     """Random numbers of a step, drawn for the whole batch, for its rows `own`: where InfoMin's
-    patches are, `at` (b, 9, 2), and their `order` (b, 9); E3's `negatives` of both views, rows
-    (b, m) of the bank of n, with replacement."""
+    patches are, `at` (b, 9, 2), and their `order` (b, 9); rows (b, m) of NPID's bank of n for
+    E3, with replacement, for each view."""
     B, random = args.batch_size, functools.partial(common.generator, args.seed, step)
     if args.base == "infomin":
         (cell, side), random = jigsaw_sizes(args.image_size), random("jigsaw")
         at = torch.randint(cell - side + 1, (B, 9, 2), generator=random)
         return dict(at=at[own], order=torch.rand(B, 9, generator=random).argsort(1)[own])
-    return dict(negatives=[torch.randint(n, (B, args.nce), generator=random(f"nce {i}"))[own]
-                           for i in (0, 1) if args.nce])
+    return {i: torch.randint(n, (B, args.nce), generator=random(f"nce {i}"))[own]
+            for i in (0, 1) if args.nce}
 
 
 def learning_rate(step, steps_per_epoch, args):

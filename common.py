@@ -1328,9 +1328,8 @@ class Data:
 
         Args: aug (dict, see `augmentation`) or a function step -> aug; views V per image; extra,
         pairs (aug, views): further views of the same images, of another size or kind; draw,
-        function (step, own) -> dict of further random numbers of the step, tensors on the CPU,
-        which a thread calls one step ahead; own, the slice of the batch to augment (default: the
-        rows of this process).
+        function (step, own) -> dict of CPU tensors, further random numbers of the step, which a
+        thread calls one step ahead; own, the slice of the batch to augment (default: this rank's).
         Yields: a namespace: step; rows (B,) int64 on the device, row numbers in `train` of the
         whole batch; own; images, uint8 (b, 3, H, W), or (V * b, 3, S, S) already cropped; params
         (V * b, ...) of all views, view-major; aug; drawn, what `draw` returned, on the device;
@@ -1385,17 +1384,17 @@ class Data:
                 aug=aug, views=views, params=params, cropped=images is None,
                 memory_format=memory_format(self.args),
                 chunks=plan_chunks(params, aug, image_size, self.device)))
-        sent = send(dict(rows=rows, drawn=draw and draw(step, own),
-                         chunks=[part.chunks for part in parts]), self.device)
+        drawn = dict(draw(step, own) if draw else {}, rows=rows)
+        sent = send([drawn, *(chunk for part in parts for chunk in part.chunks)], self.device)
         return SimpleNamespace(step=step, rows=rows, own=own, sent=sent, extra=parts[1:],
                                **vars(parts[0]))
 
     def _receive(self, batch):
         """The batch with what was sent, on the device."""
-        tensors = batch.sent()
-        batch.rows, batch.drawn = tensors["rows"], tensors["drawn"]
-        for part, chunks in zip((batch, *batch.extra), tensors["chunks"], strict=True):
-            part.chunks = chunks
+        batch.drawn, *chunks = batch.sent()
+        batch.rows = batch.drawn.pop("rows")
+        for part in (batch, *batch.extra):
+            part.chunks, chunks = chunks[:len(part.chunks)], chunks[len(part.chunks):]
         return batch
 
     def _loader(self, paths, tasks):
@@ -1462,29 +1461,21 @@ def _one_ahead(function, steps):
             yield coming.popleft().result()
 
 
-def send(tree, device):
-    """Function that returns nested dicts and lists with their CPU tensors on the device.
-
-    On CUDA they travel as one pinned tensor, without a wait, and share its memory there.
-    """
+def send(dicts, device):
+    """Function that returns a list of dicts with their CPU tensors on the device. On CUDA these
+    travel as one pinned tensor, without a wait, and share its memory there."""
     if device.type == "cpu":
-        return lambda: tree
-
-    def walk(x, leaf):
-        if isinstance(x, dict):
-            return {key: walk(value, leaf) for key, value in x.items()}
-        if isinstance(x, list):
-            return [walk(value, leaf) for value in x]
-        return leaf(x) if isinstance(x, torch.Tensor) else x
-
-    walk(tree, (found := []).append)
+        return lambda: dicts
+    found = [x for d in dicts for x in d.values() if isinstance(x, torch.Tensor)]
     sizes = [x.nbytes + -x.nbytes % 16 for x in found]  # aligned for every dtype
     pinned = torch.cat([F.pad(x.flatten().view(torch.uint8), (0, size - x.nbytes))
                         for x, size in zip(found, sizes)]).pin_memory()
 
     def receive():
-        parts = iter(pinned.to(device, non_blocking=True).split(sizes))
-        return walk(tree, lambda x: next(parts)[:x.nbytes].view(x.dtype).view(x.shape))
+        parts = zip(found, pinned.to(device, non_blocking=True).split(sizes))
+        there = (part[:x.nbytes].view(x.dtype).view(x.shape) for x, part in parts)
+        return [{key: next(there) if isinstance(x, torch.Tensor) else x for key, x in d.items()}
+                for d in dicts]
     return receive
 
 
@@ -1773,32 +1764,29 @@ def sample_params(aug, n, generator):
 
 
 def plan_chunks(params, aug, image_size, device):
-    """What the device needs to apply the params of n views, made on the CPU: a list of dicts.
+    """What the device needs to apply the params of n views: a dict for each chunk of them.
 
-    Each is one chunk of the views, sorted by when their hue is shifted: row (m,), their numbers;
-    end, how many have shifted it after each step; what every row needs; and for each operation on
-    a few rows their places in the chunk. image_size: (H, W), None if workers cropped the images.
+    Views are sorted by when their hue is shifted. `row` is their number, `end` how many have
+    shifted it after each step; operations on a few views have the places of these in the chunk.
+    image_size: (H, W), or None if workers cropped the images.
     """
-    n = len(params["flip"])
     hue_at = (params["order"] == 3).int().argmax(1).masked_fill(~params["jitter"], 4)
     hue_at, row = hue_at.sort(stable=True)  # the order of rows that _jitter wants
     p = {key: value[row] for key, value in params.items()}
     order, f = p["order"], p["factor"].gather(1, p["order"])  # (n, 4), in the order of application
-    f = torch.stack([f, (1 - f) * (order == 1), (1 - f) * (order == 2), p["factor"]])  # (4, n, 4)
-    whole, some = dict(row=row), dict(flip=p["flip"])
+    f = torch.stack([f, (1 - f) * (order == 1), (1 - f) * (order == 2), p["factor"]], 1)
+    every = dict(row=row, flip=p["flip"], factor=f[..., None])  # (n, 4, 4, 1)
     if image_size is not None:
-        box = torch.tensor([0, 0, *image_size]).expand(n, 4)
-        if aug["crop"] is not None:
-            box = crop_boxes(p["crop"], *image_size, aug["crop"], aug["ratio"])
-        whole, some = dict(row=row, box=box.int(), flip=p["flip"]), {}
-    some |= dict(gray=p["gray"], blur=p["sigma"] > 0, solarize=p["solarize"],
-                 erase=p["erase"][:, 2] > 0)
+        every["box"] = torch.tensor([[0, 0, *image_size]]).expand(len(row), 4) if (
+            aug["crop"] is None) else crop_boxes(p["crop"], *image_size, aug["crop"], aug["ratio"])
+    few = dict(gray=p["gray"], blur=p["sigma"] > 0, solarize=p["solarize"],
+               erase=p["erase"][:, 2] > 0)
     # on a CPU small enough for its cache
-    size, chunks = n if device.type == "cuda" else max(1, 2**16 // aug["size"]**2), []
-    for start in range(0, n, size):
+    size, chunks = len(row) if device.type == "cuda" else max(1, 2**16 // aug["size"]**2), []
+    for start in range(0, len(row), size):
         part = slice(start, start + size)
-        chunk = {key: x[part] for key, x in whole.items()} | dict(factor=f[:, part, :, None])
-        chunk |= {key: flag[part].nonzero()[:, 0] for key, flag in some.items()}
+        chunk = {key: x[part] for key, x in every.items()}
+        chunk |= {key: flag[part].nonzero()[:, 0] for key, flag in few.items()}
         chunk["end"] = torch.searchsorted(hue_at[part], torch.arange(1, 5)).tolist()
         chunk["sigma"] = p["sigma"][part][chunk["blur"]]
         chunk["erased"] = p["erase"][part][chunk["erase"]]
@@ -1853,10 +1841,10 @@ def _jitter(planes, f, end):
 
     Brightness, contrast and saturation share one formula, f x + (1 - f) base, with base 0, mean
     gray or gray. All rows shift hue at once, between the steps before and after their own hue.
-    f (4, n, 4, 1): f of each step, 1 - f for contrast, for saturation, and the four factors.
+    f (n, 4, 4, 1): f of each step, 1 - f for contrast, for saturation, and the four factors.
     """
     def blend(k, rows):
-        scale, contrast, saturation, _ = f[:, rows, k]  # (m, 1) each
+        scale, contrast, saturation, _ = f[rows, :, k].unbind(1)  # (m, 1) each
         x = planes[:, rows]
         base = _luma(x)  # (m, P)
         mean = base.mean(1, keepdim=True)
@@ -1867,7 +1855,7 @@ def _jitter(planes, f, end):
         if end[k] < end[3]:
             blend(k, slice(end[k], end[3]))
     if end[3] > 0:
-        _shift_hue(planes[:, : end[3]], f[3, : end[3], 3])
+        _shift_hue(planes[:, : end[3]], f[: end[3], 3, 3])
     for k in range(1, 4):
         if end[k - 1] > 0:
             blend(k, slice(0, end[k - 1]))
@@ -1907,8 +1895,8 @@ def _transform(x, chunk, aug, cropped):
     size = aug["size"]
     planes = torch.empty(3, len(x), size, size, device=x.device)
     if cropped:
+        x = torch.where(chunk["flip"].view(-1, 1, 1, 1), x.flip(-1), x)
         torch.div(x.transpose(0, 1), 255, out=planes)
-        _on_rows(lambda some: some.flip(-1), chunk["flip"], planes)
     else:
         height, width = x.shape[2:]
         weights = _resize_weights(chunk["box"], chunk["flip"], size, max(height, width))
@@ -1949,8 +1937,7 @@ def apply_params(x, params, aug, cropped=False):
 
 
 def apply_chunks(x, chunks, aug, cropped=False):
-    """`apply_params` for what `plan_chunks` made of the params. A whole multiple of the images x
-    may be asked for: then all of them come again and again."""
+    """`apply_params` of what `plan_chunks` gave; with more rows than images x these repeat."""
     n, size = sum(len(chunk["row"]) for chunk in chunks), aug["size"]
     out = torch.empty(n, 3, size, size, device=x.device)
     precision = torch.get_float32_matmul_precision()

@@ -356,10 +356,9 @@ def train(args):
             report_ranks(names, table, taus, args)
         common.start_run(state, args, data, aug, evaluate)
 
-    def draw(step, own):  # of RINCE-uni: which positive, (B, r) in [0, 1)
-        return args.loss == "rince-uni" and torch.rand(
-            args.batch_size, len(taus), dtype=torch.float64,
-            generator=common.generator(args.seed, step, "positives"))
+    def draw(step, own):  # which positives RINCE-uni takes
+        random = common.generator(args.seed, step, "positives")
+        return dict(u=torch.rand(args.batch_size, len(taus), dtype=torch.float64, generator=random))
 
     for batch in data.batches(first_step, steps, aug, 1 if args.loss == "ce" else 2, draw=draw):
         step = batch.step
@@ -376,7 +375,7 @@ def train(args):
             keys, y_keys = (queue.keys, queue.labels) if args.queue else (p, None)
             R = rank_of(y, ranks.table, y_keys)                 # (B, 1 + M)
             if args.loss == "rince-uni":
-                R = one_per_rank(R, batch.drawn)
+                R = one_per_rank(R, batch.drawn["u"])
             loss = rince(common.gather(a), p, keys, R, taus, FORMS[args.loss],
                          args.rank2_positives == "cumulative", args.min_prob)           # E6
 

@@ -394,9 +394,9 @@ def test_initial_rows():
 
 def test_sampled_rows():
     args = parse("--nce", "500", "--batch-size", "8")
-    idx, other = cld.draw(3, slice(4, 6), 12, args)["negatives"]
+    idx, other = cld.draw(3, slice(4, 6), 12, args).values()
     assert idx.shape == (2, 500) and sorted(idx[0].unique().tolist()) == list(range(12))
-    assert torch.equal(idx, cld.draw(3, slice(0, 8), 12, args)["negatives"][0][4:6])  # own rows
+    assert torch.equal(idx, cld.draw(3, slice(0, 8), 12, args)[0][4:6])  # own rows
     assert not torch.equal(idx, other)
 
 
@@ -635,7 +635,7 @@ def test_the_first_step_by_hand(run_main, tmp_path, name):
         instance = sum(F.cross_entropy(v @ bank.V.T / t, rows) for v in f) / 2
     elif name == "nce":
         P = [(v[:, None] * bank.V[torch.cat([rows[:, None], drawn], 1)]).sum(2).div(t).exp()
-             for v, drawn in zip(f, batch.drawn["negatives"])]
+             for v, drawn in zip(f, batch.drawn.values())]
         Z, noise = 16 * P[0].mean().detach(), 9 / 16
         close(state["bank"]["Z"], Z, 1e-5)
         instance = -sum(((p[:, 0] / (p[:, 0] + noise * Z)).log() +

@@ -989,7 +989,7 @@ def one_draw(calls, fails=None):
         calls.append((step, threading.current_thread()))
         if step == fails:
             raise ValueError(f"draw of step {step}")
-        return dict(number=torch.tensor([step]), rows=torch.arange(8)[own])
+        return dict(number=torch.tensor([step]), part=torch.arange(8)[own])
     return draw
 
 
@@ -1000,7 +1000,7 @@ def test_a_thread_draws_one_step_ahead_and_ends_with_the_loop(numbered, kind):
     for step in (2, 3):
         batch = next(batches)
         assert batch.drawn["number"].tolist() == [batch.step] == [step]
-        assert torch.equal(batch.drawn["rows"], torch.arange(8)[batch.own])
+        assert torch.equal(batch.drawn["part"], torch.arange(8)[batch.own])
     end = time.time() + 20
     while len(calls) < 3 and time.time() < end:
         time.sleep(0.01)
