@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -470,7 +471,8 @@ def test_module_that_is_not_installed(refused, tmp_path, monkeypatch, module, ar
 @pytest.mark.parametrize(("method", "argv", "words"), [
     (clinfonce, ["--loss", "ce", "--clusters", "label", "--batch-size", "1", "--image-size", "8"],
      ["--batch-size 1, 1 in each process", "more than 1 value per channel"]),
-    (sogclr_clip, ["--image-size", "16"], ["--image-size 16", "Output size is too small"]),
+    (sogclr_clip, ["--image-size", "16", "--warmup", "0"],
+     ["--image-size 16", "Output size is too small"]),
     (wcl, ["--image-size", "2", "--crops", "2", "--epochs", "2"], ["--image-size 2", "--crops"]),
 ])
 def test_batches_that_do_not_go_through_the_network(refused_by, method, argv, words):
@@ -515,13 +517,15 @@ def test_all_broken_images_are_named_at_once(refused, tmp_path, workers):
     whole = (root / "train/cat/0000.png").read_bytes()
     tiff = b"II*\0\x08\0\0\0\x01\0\x00\x01\x05\0\x01\0\0\0\xff\xff\xff\xff"
     width = whole.index(b"IHDR") + 4
-    bomb = whole[:width] + (30000).to_bytes(4, "big") * 2 + whole[width + 8:]
+    header = whole[width - 4:width] + (30000).to_bytes(4, "big") * 2 + whole[width + 8:width + 13]
+    bomb = whole[:width - 4] + header + zlib.crc32(header).to_bytes(4, "big") + whole[width + 17:]
     broken = {"train/cat/0003.png": b"", "train/cat/0017.png": whole[:60],
               "train/cat/0030.png": b"<html>", "val/cat/0001.png": bomb, "val/cat/0002.png": tiff}
     for name, content in broken.items():
         (root / name).write_bytes(content)
     refused([*FILES, "--dataset", "folder", "--data-dir", root, "--workers", workers],
-            "cannot be decoded (5 of the images)", *(root / name for name in broken), status=1)
+            "cannot be decoded (5 of the images)", "decompression bomb",
+            *(root / name for name in broken), status=1)
 
 
 @pytest.mark.parametrize("how", ["killed", "no shared memory", "open files"])
