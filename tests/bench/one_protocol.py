@@ -1,4 +1,4 @@
-"""The tables of results/README.md under one protocol: train, evaluate, collect; resumable, row by row.
+"""The tables of results/README.md under one protocol: train, evaluate, collect; resumable by row.
 
     python tests/bench/one_protocol.py c100 --data-dir data        # CIFAR-100, all methods
     python tests/bench/one_protocol.py fashion --data-dir data     # fashion attributes
