@@ -176,10 +176,11 @@ class Steps:
             return x
 
         @contextlib.contextmanager
-        def autocast(args, device):
-            with real["autocast"](args, device):
+        def autocast(args, device, **evaluation):
+            with real["autocast"](args, device, **evaluation):
                 yield
-            self.enter("loss")
+            if not evaluation:
+                self.enter("loss")
 
         def distribute(model, *args, **kwargs):
             self.start = weights(model)
