@@ -41,6 +41,7 @@ import signal
 import sys
 import tarfile
 import textwrap
+import threading
 import time
 import urllib.parse
 import zipfile
@@ -1448,13 +1449,23 @@ class Data:
                           for x in self.eval_batches(table, rows, size, resize)])
 
 
+# a reader process that starts while the thread below draws would inherit locks that nobody frees
+_drawing = threading.Lock()
+os.register_at_fork(before=_drawing.acquire, after_in_parent=_drawing.release,
+                    after_in_child=_drawing.release)
+
+
 def _one_ahead(function, steps):
     """function(step) of each step in turn. A thread calls it for the next step meanwhile; it ends
     with this generator, and its errors are raised here."""
+    def locked(step):
+        with _drawing:
+            return function(step)
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         coming = collections.deque()
         for step in steps:
-            coming.append(pool.submit(function, step))
+            coming.append(pool.submit(locked, step))
             if len(coming) > 1:
                 yield coming.popleft().result()
         while coming:
@@ -2929,7 +2940,7 @@ def knn_queries(args, test):
     """Rows of the test table that the kNN of a training classifies: those with a label, or, of more
     than --knn-queries, that many, class-balanced, by seed."""
     labels = test.column(args.label)
-    rows, most = (labels >= 0).nonzero().flatten(), vars(args).get("knn_queries") or 10_000
+    rows, most = (labels >= 0).nonzero().flatten(), args.knn_queries
     return rows if len(rows) <= most else rows[balanced_rows(labels[rows], most, args.seed)]
 
 
@@ -3173,7 +3184,7 @@ class Parser(argparse.ArgumentParser):
             help="3x3 convolution, or 7x7 and max-pool")
         if self.trains and method not in ("common", "sogclr_clip"):
             add("--init", metavar="FILE", help="begin with these weights; torchvision: its own")
-            add("--knn-queries", type=int, help="test images of the kNN (default: 10000 at most)")
+            add("--knn-queries", type=int, default=10000, help="test images of the kNN, at most")
         add("--epochs", type=int, default=20, help="passes over the training images")
         add("--batch-size", type=int, default=256, help="B, over all processes")
         add("--micro-batch", type=int, metavar="N",

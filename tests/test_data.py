@@ -5,6 +5,7 @@ so that an image, its row, its labels and its random parameters can be traced to
 """
 import io
 import json
+import os
 import pickle
 import tarfile
 import threading
@@ -1010,6 +1011,25 @@ def test_a_thread_draws_one_step_ahead_and_ends_with_the_loop(numbered, kind):
     assert threading.main_thread() not in {thread for _, thread in calls}
     batches.close()
     assert threading.active_count() == before
+
+
+def test_no_process_is_forked_while_the_thread_draws():
+    """A reader would inherit the locks that the thread holds, and wait for them for ever."""
+    done = []
+
+    def draw(step):
+        done.append(f"begin {step}")
+        time.sleep(0.3)
+        done.append(f"end {step}")
+
+    steps = common._one_ahead(draw, range(2))
+    next(steps)
+    while "begin 1" not in done:
+        time.sleep(0.01)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if done[-1] == "end 1" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])

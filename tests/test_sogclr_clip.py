@@ -590,7 +590,7 @@ def test_other_data_is_refused(run_main, refused_by, tmp_path, monkeypatch):
     real = common.shapes  # one caption is another one
     monkeypatch.setattr(common, "shapes", lambda n, seed, renders: (*real(n, seed)[:3], [
         "a cat", *real(n, seed)[3][1:]]))
-    refused_by(sogclr_clip.main, VERY_SMALL, "checkpoint.pt", "other data")
+    refused_by(sogclr_clip.main, VERY_SMALL, "other data", "captions")
 
 
 def test_torchrun(tmp_path):
