@@ -113,18 +113,16 @@ def run(train, parser, argv=None):
                 # to free their last tensors: the sleep lets them finish first, without a deadlock
                 time.sleep(0.1)
                 dist.destroy_process_group()
-    except (BadInput, RunFailed, RuntimeError, OSError) as error:
-        if not isinstance(error, (BadInput, RunFailed)):
+    except (BadInput, RunFailed, RuntimeError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            error = RunFailed("interrupted")
+        elif not isinstance(error, (BadInput, RunFailed)):
             error = _lost_worker(error)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
             text = " ".join(str(error).splitlines())  # messages of pandas have several lines
             text += origin(parser.args, text)
             print(f"{parser.prog}: error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
-    except KeyboardInterrupt:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
 
 
 def _lost_worker(error):
@@ -191,11 +189,8 @@ def require(module, package, what):
 
 
 def setup(args):
-    """Join torchrun's processes if there are any; set device, threads and seed.
-
-    Returns: the torch.device of this rank.
-    Errors: BadInput if the batch does not divide or if there are more CUDA ranks than GPUs.
-    """
+    """Join torchrun's processes if there are any; set device, threads and seed. Returns: the
+    torch.device of this rank. BadInput if the batch does not divide or GPUs are too few."""
     for name, value in vars(args).items():
         if any(isinstance(x, float) and not math.isfinite(x)
                for x in (value if isinstance(value, (list, tuple)) else [value])):
@@ -254,10 +249,9 @@ class _Gather(torch.autograd.Function):
 def gather(x):
     """Rows of the whole batch on every process: (..., b, D) to (..., B, D), in rank order.
 
-    Every process then computes the same loss of the whole batch, so it already holds the gradient
-    of its own rows: the backward pass cuts them out, without communication. The factor W makes up
-    for DDP, which averages the gradients over the W processes. For rows without gradient pass
-    `x.detach()`.
+    Every process computes the same loss of the whole batch, so the backward pass only cuts out the
+    gradient of its own rows. The factor W makes up for DDP, which averages over the W processes.
+    For rows without gradient pass `x.detach()`.
     """
     return _Gather.apply(x.contiguous()) if world() > 1 else x
 
@@ -273,10 +267,8 @@ class MicroBatches(nn.Module):
     """Pass at most `rows` rows of every input through a network at a time, inside DDP.
 
     The gradient is exactly that of the whole batch. The forward pass keeps only the outputs; the
-    backward pass runs each part again and goes through it. That costs one more forward pass and
-    needs the memory of one part. BatchNorm normalises each part by itself, so k parts on one
-    process equal k processes. As with DDP, which keeps rank 0's buffers, only the first part
-    updates the running statistics.
+    backward pass runs each part again, so it needs the memory of one part. k parts equal k
+    processes: BatchNorm normalises each by itself, the first one updates its running statistics.
 
     Args: model, inputs (b, ...) to a tensor or a tuple of tensors (..., b, D), None where absent.
     """
@@ -319,10 +311,8 @@ class MicroBatches(nn.Module):
 
 
 def micro_batches(model, args):
-    """The network in `MicroBatches` if --micro-batch asks for it, else the network itself.
-
-    Errors: BadInput if the last part would be a single image, which BatchNorm cannot normalise.
-    """
+    """The network, in `MicroBatches` if --micro-batch asks for it; BadInput if the last part would
+    be a single image, which BatchNorm cannot normalise."""
     if not args.micro_batch:
         return model
     b = args.batch_size // world()
@@ -356,10 +346,7 @@ def check_shapes(model, args):
 
 def distribute(model, args, unused=False):
     """The network to train with: SyncBatchNorm, torch.compile, micro-batches and DDP by the flags.
-
-    DDP keeps BatchNorm's running statistics of rank 0. `unused`: some parameters get no gradient
-    in some steps (their .grad stays None).
-    """
+    `unused`: some parameters get no gradient in some steps (their .grad stays None)."""
     device = next(model.parameters()).device
     check_shapes(model, args)
     if args.sync_bn and world() > 1 and device.type == "cuda":
@@ -373,17 +360,12 @@ def distribute(model, args, unused=False):
 
 
 def check_loss(loss, step, stats=None, features=None, conditions=None):
-    """Means over the processes of the loss and of `stats`, as floats, once they are known to be
-    sound. Call it after backward(): it is the one place where a step waits for the device.
+    """Dict of the loss and `stats`, means over the processes, as floats; RunFailed on all processes
+    if anything is wrong. Call it after backward(): only here a step waits for the device.
 
-    All processes get the same answer from one message, which also carries the wish of any process
-    to stop (see `should_stop`).
-
+    The one message also carries the wish of any process to stop (see `should_stop`).
     Args: loss, scalar; stats, name -> scalar for the log; features, name -> (..., B, D) of the
-    whole batch that must be finite, as grouping would make labels of a NaN; conditions, text ->
-    bool scalar that must be true.
-    Returns: dict of loss and stats.
-    Errors: RunFailed on all processes, before anything is written.
+    whole batch that must be finite; conditions, text -> bool scalar that must be true.
     """
     stats, features, conditions = stats or {}, features or {}, conditions or {}
     flags = [x.detach().isfinite().all() for x in features.values()] + [*conditions.values()]
@@ -3073,8 +3055,7 @@ def check_views(args, crop="crop", jitter="jitter"):
     """BadInput unless these flags are two shares of the area and four strengths of jitter."""
     (low, high), strength = getattr(args, crop), getattr(args, jitter)
     if not 0 < low <= high <= 1:
-        raise BadInput(f"{flag_name(crop)} {low} {high}: two shares of the area, "
-                       "0 < low <= high <= 1")
+        raise BadInput(f"{flag_name(crop)} {low} {high}: two shares, 0 < low <= high <= 1")
     if not (min(strength) >= 0 and strength[3] <= 0.5):
         raise BadInput(f"{flag_name(jitter)} {strength}: none below 0, the hue at most 0.5")
 
@@ -3086,11 +3067,11 @@ def check_schedule(args, learning_rate, steps_per_epoch, warmup):
         raise BadInput(f"--warmup {args.warmup} is longer than the training (--epochs "
                        f"{args.epochs}{f', {steps} steps' * (warmup == args.warmup)}), so that the "
                        "learning rate never gets to its peak: take less, or 0")
-    rates = [learning_rate(step, steps_per_epoch, args)
-             for step in range(0, steps, max(1, steps // 1000))]
-    if warmup and max(rates) < args.lr / 20:
+    peak = max(learning_rate(step, steps_per_epoch, args)
+               for step in range(0, steps, max(1, steps // 1000)))
+    if warmup and peak < args.lr / 20:
         raise BadInput(f"--warmup {args.warmup} of --schedule {args.schedule} in {steps} steps: "
-                       f"the rate never gets above {max(rates):.3g}; take more epochs, or another "
+                       f"the rate never gets above {peak:.3g}; take more epochs, or another "
                        "schedule")
 
 
@@ -3121,8 +3102,9 @@ def shown(value):
     """The value of a flag as it is typed; "-" for none."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return " ".join(map(str, value if isinstance(value, (list, tuple)) else [value])) \
-        if value not in (None, [""]) else "-"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -3144,22 +3126,21 @@ class Parser(argparse.ArgumentParser):
         add("--out", help="run folder; an unfinished run goes on")
         add("--seed", type=int, default=0, help="of the weights and of every random draw")
         add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-        add("--threads", type=int, default=0,
-            help="CPU threads a process; 0: OMP_NUM_THREADS, or all")
+        add("--threads", type=int, default=0, help="CPU threads; 0: OMP_NUM_THREADS, or all")
         add("--log-every", type=int, default=50, help="steps; a line at every epoch's end too")
         add("--knn-every", type=int, default=5, help="epochs between kNN evaluations")
         add("--save-every", type=int, default=1, help="epochs between checkpoints")
         add("--keep-every", type=int, help="epochs between checkpoints that are kept")
         add("--knn-k", type=int, default=200, help="K of the weighted kNN")
         add("--knn-t", type=float, default=0.07, help="T of the weighted kNN")
+        on_off = dict(action=argparse.BooleanOptionalAction, default=False)
         add = self.add_argument_group("data").add_argument
         add("--dataset", default="shapes", choices=list(SOURCES))
         add("--data-dir", default="data", help="folder of the data set")
         add("--download", action="store_true", help="let torchvision fetch CIFAR or STL-10")
         add("--train-file", help="csv, npz, captions: training file below --data-dir")
         add("--test-file", help="csv, npz, captions: test file below --data-dir")
-        add("--image-root", nargs="+", default=[""],
-            help="captions: folder of the images, or two: training, test")
+        add("--image-root", nargs="+", default=[""], help="captions: image folder, or one a split")
         add("--classes", help="folder: file of the class folders to use, one a line")
         add("--label", default="label", help="column that evaluation uses")
         add("--limit-train", type=int, help="use N training images, class-balanced, by seed")
@@ -3180,27 +3161,22 @@ class Parser(argparse.ArgumentParser):
             help="N operations of magnitude M <= 10 (folder, csv)")
         add = self.add_argument_group("network and optimisation").add_argument
         add("--arch", default="resnet-tiny", choices=list(ARCHS))
-        add("--stem", default="imagenet", choices=["cifar", "imagenet"],
-            help="3x3 convolution, or 7x7 and max-pool")
+        add("--stem", default="imagenet", choices=["cifar", "imagenet"], help="3x3; 7x7, max-pool")
         if self.trains and method not in ("common", "sogclr_clip"):
             add("--init", metavar="FILE", help="begin with these weights; torchvision: its own")
             add("--knn-queries", type=int, default=10000, help="test images of the kNN, at most")
         add("--epochs", type=int, default=20, help="passes over the training images")
         add("--batch-size", type=int, default=256, help="B, over all processes")
-        add("--micro-batch", type=int, metavar="N",
-            help="images through the network at a time: less memory")
+        add("--micro-batch", type=int, metavar="N", help="images through the network at a time")
         add("--optimizer", default="sgd", choices=["sgd", "lars", "adamw"])
         add("--lr", type=float, default=0.5, help="peak learning rate")
         add("--momentum", type=float, default=0.9, help="of sgd and lars")
-        add("--nesterov", action=argparse.BooleanOptionalAction, default=False,
-            help="Nesterov momentum (sgd)")
+        add("--nesterov", **on_off, help="Nesterov momentum (sgd)")
         add("--weight-decay", type=float, default=1e-4, help="L2 penalty; AdamW: decoupled")
         add("--amp", default="none", choices=["none", "bf16", "fp16", "auto"],
             help="mixed precision; auto: bf16 on CUDA")
-        add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
-            help="SyncBatchNorm on CUDA")
-        add("--channels-last", action=argparse.BooleanOptionalAction, default=False,
-            help="memory format of the convolutions")
+        add("--sync-bn", **on_off, help="SyncBatchNorm on CUDA")
+        add("--channels-last", **on_off, help="memory format of the convolutions")
         add("--compile", action="store_true", help="torch.compile")
 
     def error(self, message):
