@@ -2291,9 +2291,9 @@ class Log:
 
     @contextlib.contextmanager
     def pause(self):
-        """Leave what happens inside (evaluation, clustering) out of images/s."""
+        """Leave what happens inside (evaluation, clustering) out of images/s. Gives the time."""
         begin = time.time()
-        yield
+        yield begin
         self.clock += time.time() - begin
 
     def records(self):
@@ -2344,15 +2344,14 @@ def atomic_write(path, write, previous=None):
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(aside, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError after the OSError of a write
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or cause
+        raise RunFailed(f"cannot write {path}: {reason}") from None
+    finally:
         with contextlib.suppress(OSError):
             aside.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
-        if isinstance(error, RuntimeError):  # torch.save raises it after the OSError of a write
-            error = error.__context__ or error
-        reason = getattr(error, "strerror", None) or error
-        raise RunFailed(f"cannot write {path}: {reason}") from None
 
 
 def save_checkpoint(state, step, args, name=None):
@@ -2470,13 +2469,13 @@ def _find_resnet(weights, arch, stem):
 
 
 def load_backbone(path, checkpoint, arch=None, stem=None, model=None):
-    """Backbone with the weights of a checkpoint, under whatever dicts and prefix they stand.
+    """Backbone with the weights of a checkpoint, under whatever dicts and prefix they stand;
+    BadInput with the file and names if weights are missing, left over or of other shapes.
 
     Args: path, for messages; checkpoint, from `load_checkpoint`; arch, stem: None = by the weights;
     model: fill its backbone instead, and each of its heads of which all weights fit.
     Returns: the backbone; dict of arch, stem, prefix, loaded (number of tensors), heads (names),
     left_out (first name -> number), missing (BatchNorm's counters of steps, which nothing reads).
-    Errors: BadInput with the file and names if weights are missing, left over or of other shapes.
     """
     if checkpoint.get("method") == "sogclr_clip":
         raise BadInput(f"{path} is of sogclr_clip.py, which evaluates it itself: "
@@ -2523,23 +2522,23 @@ def describe_weights(path, loaded):
 
 def initial_weights(state, args):
     """Fill the new networks with the weights of --init. Returns: what `load_backbone` tells."""
-    checkpoint, model = {}, state["model"]
-    if args.init != "torchvision":
-        checkpoint = load_checkpoint(args.init)
-    elif args.arch not in torchvision.models.list_models():
-        raise BadInput(f"--init torchvision: torchvision has no weights for --arch {args.arch}")
-    else:
+    model = state["model"]
+    if args.init == "torchvision":
+        if args.arch not in torchvision.models.list_models():
+            raise BadInput(f"--init torchvision: torchvision has no weights for --arch {args.arch}")
         weights = torchvision.models.get_model_weights(args.arch).DEFAULT
-        for turn in (True, False):  # the first process of a machine fetches the file
-            if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn:
-                try:
-                    checkpoint = weights.get_state_dict(check_hash=True)
-                except (OSError, RuntimeError) as error:
-                    raise RunFailed(f"--init torchvision: the download of {weights.url} failed "
-                                    f"({error}); fetch it elsewhere and name it, --init FILE",
-                                    alone=True) from None
-            if world() > 1:
-                dist.barrier()
+        others = world() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
+        if others:  # the first process of a machine fetches the file
+            dist.barrier()
+        try:
+            checkpoint = weights.get_state_dict(check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise RunFailed(f"--init torchvision: the download of {weights.url} failed ({error}); "
+                            "fetch it elsewhere and name it, --init FILE", alone=True) from None
+        if world() > 1 and not others:
+            dist.barrier()
+    else:
+        checkpoint = load_checkpoint(args.init)
     loaded = load_backbone(args.init, checkpoint, args.arch, args.stem, model)[1]
     if "key" in state:
         state["key"].load_state_dict(model.state_dict())
@@ -2553,9 +2552,8 @@ FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture", "k
 
 def resume(state, args):
     """Open the run folder as its one writer: continue from its checkpoint, or begin with an empty
-    log, whose `lines` is then 1.
+    log, whose `lines` is then 1. Returns: the number of steps done.
 
-    Returns: the number of steps done.
     Errors: BadInput on all processes if the folder holds a run with other flags or data (named) or
     a broken checkpoint, if another process writes to it, or if the processes differ.
     """
@@ -2566,15 +2564,14 @@ def resume(state, args):
         step = _load_run(state, args)
     except (BadInput, RunFailed) as error:
         step = error
-    found = [(step, {**flags_dict(args), "out": os.path.abspath(args.out)},
-              log.header["fingerprint"])]
+    mine = step, flags_dict(args) | {"out": os.path.abspath(args.out)}, log.header["fingerprint"]
+    found = [mine] * world()
     if world() > 1:  # all have looked before rank 0 writes
-        mine, found = found[0], [None] * world()
         dist.all_gather_object(found, mine)
     for number, (step, flags, data) in enumerate(found):
         if isinstance(step, Exception):
             raise step
-        changed = changed_flags(found[0][1], SimpleNamespace(**flags), {*FREE_FLAGS} - {"out"})
+        changed = changed_flags(found[0][1], flags, {*FREE_FLAGS} - {"out"})
         changed += changed_data(found[0][2], data) + ["checkpoint"] * (step != found[0][0])
         if changed:
             raise BadInput(f"process {number} differs from process 0 ({', '.join(changed)}): --out "
@@ -2617,41 +2614,45 @@ def _load_run(state, args):
     if not path.exists() and path.with_name("checkpoint.prev.pt").exists():
         path = path.with_name("checkpoint.prev.pt")
     if path.exists():
-        checkpoint = load_checkpoint(path)
-        if not checkpoint.keys() >= {"format", "method", "step", "args", "state"}:
+        old = load_checkpoint(path)
+        if not old.keys() >= {"format", "method", "step", "args", "state"}:
             raise BadInput(f"{path} is not a checkpoint of this project; use another --out")
-        _same_flags(checkpoint["args"], args, checkpoint["method"])
-        if changed := changed_data(checkpoint.get("data") or {}, log.header["fingerprint"]):
-            raise BadInput(f"{args.out} holds a run with other data ({', '.join(changed)}); put "
-                           "them back to go on, or use another --out")
-        log.crc = checkpoint.get("log_crc", 0)
-        try:
-            for name, part in state.items():
-                part.load_state_dict(checkpoint["state"][name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise BadInput(f"{path} does not fit this network: {reason}") from None
-        return checkpoint["step"]
-    if log.path.exists():  # stopped before its first checkpoint
+    elif log.path.exists():  # stopped before its first checkpoint
         try:
             header = json.loads(log.path.read_text().split("\n")[0])
-            _same_flags(header["args"], args, header["command"].split(".py")[0])
+            old = dict(method=header["command"].split(".py")[0], args={**header["args"]})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{log.path} is not a log of this project; use another --out") from None
-    return 0
+    else:
+        return 0
+    if old["method"] != args.method:
+        raise BadInput(f"{args.out} holds a run of {old['method']}.py; use another --out")
+    if changed := changed_flags(old["args"], flags_dict(args), FREE_FLAGS):
+        longer = "init" in args and any(text.startswith("--epochs ") for text in changed)
+        raise BadInput(f"{args.out} holds a run with other flags ({', '.join(changed)}); use "
+                       "another --out, or the same flags to go on" + longer * (
+                           f"; to train for longer: --init {args.out}/checkpoint.pt --out NEW"))
+    if "state" not in old:
+        return 0
+    if changed := changed_data(old.get("data") or {}, log.header["fingerprint"]):
+        raise BadInput(f"{args.out} holds a run with other data ({', '.join(changed)}); put them "
+                       "back to go on, or use another --out")
+    log.crc = old.get("log_crc", 0)
+    try:
+        for name, part in state.items():
+            part.load_state_dict(old["state"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"{path} does not fit this network: {reason}") from None
+    return old["step"]
 
 
 def start_run(state, args, data, aug, evaluate):
     """Before the first step: log the dict that evaluate() returns, save views.png, checkpoint."""
-    with state["log"].pause():
-        state["log"].write(step=0, **_timed(evaluate))
+    with state["log"].pause() as begin:
+        state["log"].write(step=0, **evaluate(), seconds=round(time.time() - begin, 1))
         views_picture(data, aug, f"{args.out}/views.png")
         save_checkpoint(state, 0, args)
-
-
-def _timed(evaluate):
-    began, values = time.time(), evaluate()
-    return values | {"seconds": round(time.time() - began, 1)} if "knn_top1" in values else values
 
 
 def end_step(step, state, args, data, evaluate):
@@ -2659,8 +2660,8 @@ def end_step(step, state, args, data, evaluate):
     --save-every epochs and before a stop, a copy every --keep-every epochs. Returns: whether to
     stop."""
     if data.end_of_epoch(step, every=args.knn_every):
-        with state["log"].pause():
-            state["log"].write(step=step + 1, **_timed(evaluate))
+        with state["log"].pause() as begin:
+            state["log"].write(step=step + 1, **evaluate(), seconds=round(time.time() - begin, 1))
     if should_stop() or data.end_of_epoch(step, every=args.save_every):
         save_checkpoint(state, step + 1, args)
     epoch, rest = divmod(step + 1, data.steps_per_epoch)
@@ -2669,22 +2670,10 @@ def end_step(step, state, args, data, evaluate):
     return should_stop()
 
 
-def changed_flags(old, args, free):
-    """Texts "--name old -> new" of the flags, except `free`, that differ from the dict `old`."""
-    new = flags_dict(args)
+def changed_flags(old, new, free):
+    """Texts "--name old -> new" of the flags, except `free`, that differ in two `flags_dict`."""
     return [f"{flag_name(k)} {old.get(k)} -> {new.get(k)}" for k in sorted({**old, **new})
             if k not in free and old.get(k) != new.get(k)]
-
-
-def _same_flags(old, args, method):
-    if method != args.method:
-        raise BadInput(f"{args.out} holds a run of {method}.py; use another --out")
-    if changed := changed_flags(old, args, FREE_FLAGS):
-        raise BadInput(f"{args.out} holds a run with other flags ({', '.join(changed)}); "
-                       "use another --out, or the same flags to go on" + (
-                           f"; to train for longer: --init {args.out}/checkpoint.pt --out NEW"
-                           if any(s.startswith("--epochs ") for s in changed) and "init" in args
-                           else ""))
 
 
 def summary(log, args, title, first_step, extra_lines=(), panels=()):
@@ -2997,7 +2986,7 @@ def results_path(args):
             old = json.loads(path.read_text())
             if old["script"] != f"{args.method}.py":
                 raise ValueError("a file of another script")
-            changed = changed_flags(old["args"], args, (*FREE_FLAGS, "device"))
+            changed = changed_flags(old["args"], flags_dict(args), (*FREE_FLAGS, "device"))
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"{path} is no file of this script; use another --out") from None
         if changed:
