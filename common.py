@@ -126,8 +126,8 @@ def run(train, parser, argv=None):
 
 
 def _lost_worker(error):
-    """RunFailed if the error tells of a lost DataLoader worker or of a limit of the system; torch
-    raises it wherever the main process happens to be. Any other error is raised again."""
+    """RunFailed if the error, which torch raises anywhere in the main process, tells of a lost
+    DataLoader worker or of a limit of the system. Any other error is raised again."""
     text = str(error).split("\n")[0].strip()
     limits = ("DataLoader worker (pid", "Too many open files", "shared memory", "ancillary data")
     if getattr(error, "errno", None) != errno.EMFILE and not any(word in text for word in limits):
@@ -1700,12 +1700,11 @@ def _place(u, h, w, fits, height, width):
 
 
 def crop_boxes(u, height, width, crop, ratio=(3 / 4, 4 / 3)):
-    """Boxes of torchvision's RandomResizedCrop, from given uniforms.
+    """Boxes of torchvision's RandomResizedCrop, (n, 4) int64 top, left, h, w: the first attempt
+    that fits, else the largest central crop whose aspect ratio is within `ratio`.
 
     u: (n, 22) in [0, 1), ten attempts of (area, log ratio), then the position (top, left).
     height, width: of the image, int or (n,). crop: (lo, hi) share of its area.
-    Returns (n, 4) int64 top, left, h, w: the first attempt that fits, else the largest central
-    crop whose aspect ratio is within `ratio`.
     """
     u = u.double()
     height, width = (torch.as_tensor(x).double().reshape(-1, 1) for x in (height, width))
@@ -1760,8 +1759,7 @@ def plan_chunks(params, aug, image_size, device):
     """What the device needs to apply the params of n views: a dict for each chunk of them.
 
     Views are sorted by when their hue is shifted. `row` is their number, `end` how many have
-    shifted it after each step; operations on a few views have the places of these in the chunk.
-    image_size: (H, W), or None if workers cropped the images.
+    shifted it after each step. image_size: (H, W), or None if workers cropped the images.
     """
     hue_at = (params["order"] == 3).int().argmax(1).masked_fill(~params["jitter"], 4)
     hue_at, row = hue_at.sort(stable=True)  # the order of rows that _jitter wants
@@ -1788,11 +1786,8 @@ def plan_chunks(params, aug, image_size, device):
 
 
 def _resize_weights(box, flip, size, extent):
-    """Weights (n, 2, S, extent) of the output rows and columns over the pixels of the image.
-
-    This is torch's bilinear filter with antialias=True: a triangle, wider when the image shrinks,
-    cut off at the crop.
-    """
+    """Weights (n, 2, S, extent) of the output rows and columns over the pixels of the image:
+    torch's bilinear filter with antialias=True, a triangle, cut off at the crop."""
     start, length = box.view(-1, 2, 2)[..., None].unbind(1)  # (n, 2, 1): vertical, horizontal
     scale = length.double() / size
     i = (torch.arange(size, device=box.device) + 0.5).expand(len(flip), 2, size)
@@ -1832,8 +1827,7 @@ def _jitter(planes, f, end):
     """Colour jitter of (3, n, P) planes in place; rows :end[k] shift their hue in steps 0 .. k, the
     rows from end[3] on have no jitter.
 
-    Brightness, contrast and saturation share one formula, f x + (1 - f) base, with base 0, mean
-    gray or gray. All rows shift hue at once, between the steps before and after their own hue.
+    Brightness, contrast and saturation are f x + (1 - f) base, with base 0, mean gray or gray.
     f (n, 4, 4, 1): f of each step, 1 - f for contrast, for saturation, and the four factors.
     """
     def blend(k, rows):
@@ -1911,12 +1905,11 @@ def _transform(x, chunk, aug, cropped):
 def apply_params(x, params, aug, cropped=False):
     """One view of a rank's images, computed on the device of x.
 
-    x: (n, 3, H, W) uint8. params: n rows of `sample_params(aug, ...)`, on the CPU.
+    x: (n, 3, H, W) uint8; cropped: (n, 3, S, S), from `crop_boxes`, not flipped. params: n rows
+    of `sample_params(aug, ...)`, on the CPU. Raises ValueError for other shapes.
     Order: crop and resize, flip, colour jitter, grayscale, blur, solarize, normalise, erase.
-    cropped=True: x is (n, 3, S, S), cropped by a worker with `crop_boxes` but not flipped.
     Returns (n, 3, S, S) float32. Equal to torchvision's functions on float images to 1e-5 before
     normalisation; the other images of the batch change an image by less than 1e-6.
-    Raises ValueError for images or params of another shape.
     """
     if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
         raise ValueError(f"images must be (n, 3, H, W) uint8, got {tuple(x.shape)} {x.dtype}")
@@ -2209,11 +2202,8 @@ def progress(steps=None, **options):
 
 
 class Log:
-    """JSON lines (rank 0): the command and versions, then one line for each interval.
-
-    The checkpoint holds the number of lines and the sums since the last one, and their CRC. A
-    resumed run cuts later lines, so its log is equal except for times and memory.
-    """
+    """JSON lines (rank 0): the command and versions, then one line for each interval. A resumed run
+    cuts lines that its checkpoint does not know: its log is equal except for times and memory."""
 
     def __init__(self, args, data):
         self.args, self.path = args, Path(args.out) / "log.jsonl"
@@ -2309,8 +2299,7 @@ def flags_dict(args):
 
 
 def environment(device):
-    """Dict of what the figures of a run depend on besides its flags: processes, threads, device
-    (name of the GPU, or model and cores of the CPU) and versions."""
+    """Dict of what figures depend on besides flags: processes, threads, device and versions."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -2355,8 +2344,8 @@ def atomic_write(path, write, previous=None):
 
 
 def save_checkpoint(state, step, args, name=None):
-    """Atomic checkpoint after `step` steps: weights, optimizer, tables, log, flags (rank 0).
-    Without a name it is checkpoint.pt, and the one before it becomes checkpoint.prev.pt."""
+    """Atomic checkpoint after `step` steps (rank 0). Without a name it is checkpoint.pt, and the
+    one before it becomes checkpoint.prev.pt."""
     if rank() == 0:
         checkpoint = dict(format=1, method=args.method, step=step, args=flags_dict(args),
                           state={name: part.state_dict() for name, part in state.items()})
@@ -2394,9 +2383,8 @@ def _allow_harmless():
 
 
 def load_checkpoint(path):
-    """The dict of a file, by torch.load with weights_only=True; BadInput that names the file if it
-    cannot be read or holds anything else. torch does not compare the CRCs of the records, and would
-    load tensors with flipped bits."""
+    """The dict of a file, by torch.load with weights_only=True, which does not compare the CRCs of
+    the records; BadInput that names the file if it cannot be read or holds anything else."""
     _allow_harmless()
     try:
         with open(path, "rb") as file:
@@ -2656,9 +2644,8 @@ def start_run(state, args, data, aug, evaluate):
 
 
 def end_step(step, state, args, data, evaluate):
-    """After a step (from 0): log evaluate() every --knn-every epochs, save a checkpoint every
-    --save-every epochs and before a stop, a copy every --keep-every epochs. Returns: whether to
-    stop."""
+    """After a step (from 0): log evaluate() every --knn-every epochs, save every --save-every
+    epochs and before a stop, a copy every --keep-every epochs. Returns: whether to stop."""
     if data.end_of_epoch(step, every=args.knn_every):
         with state["log"].pause() as begin:
             state["log"].write(step=step + 1, **evaluate(), seconds=round(time.time() - begin, 1))
@@ -2767,11 +2754,8 @@ FRAMES = {None: (90, 90, 90), True: (40, 160, 60), False: (205, 50, 45)}  # gray
 
 
 def image_rows(path, title, rows, left=8, side=96):
-    """Save a PNG of rows of framed images.
-
-    Args: rows, pairs of a text in the `left` pixels and of images: (uint8 (3, S, S), True, False or
-    None for a green, red or gray frame, text below); side, of an image in pixels.
-    """
+    """Save a PNG of rows of framed images: pairs of a text in the `left` pixels and of images,
+    (uint8 (3, S, S), True, False or None for a green, red or gray frame, text below)."""
     frame = side // 24
     step = side + 2 * frame + 4
     below = 16 if any(text for _, images in rows for *_, text in images) else 0
@@ -2850,11 +2834,11 @@ def check_finite(what, features, weights=(), table=None, hint=""):
 
 @torch.no_grad()
 def top_k(query, bank, k, own=None, chunk=2 ** 25):
-    """The k most similar bank rows of every query (dot product), by blocks of bounded memory.
+    """The k most similar bank rows of every query (dot product), by blocks of bounded memory:
+    similarities (Q, k) in descending order and rows (Q, k) int64.
 
     Args: query (Q, D); bank (N, D), any device or dtype, moved block by block; own (Q,) int64, the
     bank row of the query itself, which is left out, or None; chunk: similarities at a time.
-    Returns: similarities (Q, k) in descending order and rows (Q, k) int64.
     """
     Q, N = len(query), len(bank)
     if not 0 < k <= N - (own is not None):
@@ -2916,8 +2900,8 @@ def knn_queries(args, test):
 
 
 def knn_accuracy(module, data, select=None):
-    """Top-1 accuracy in percent of the weighted kNN, test rows in training rows; None if only one
-    class occurs. Leaves out unlabelled rows (-1). select: see `extract_features`."""
+    """Top-1 accuracy in percent of the weighted kNN, labelled test rows in labelled training rows;
+    None if only one class occurs. select: see `extract_features`."""
     args = data.args
     rows = knn_queries(args, data.test)
     test = data.test.select(rows) if len(rows) < len(data.test) else data.test
@@ -2926,9 +2910,13 @@ def knn_accuracy(module, data, select=None):
         return None
     bank, query = (extract_features(module, data, t, select=select, normalize=True)
                    for t in (data.train, test))
-    if (known := y_bank >= 0).logical_not().any():  # no copy of a large bank where all are known
-        bank, y_bank = bank[known.to(bank.device)], y_bank[known]
-    return knn_top1(query.float().to(data.device), y_query, bank, y_bank, args)
+    return knn_top1(query.float().to(data.device), y_query, *labelled_rows(bank, y_bank), args)
+
+
+def labelled_rows(x, ids):
+    """Rows of x with an id, and the ids; no copy of a large x where all have one."""
+    keep = ids >= 0
+    return (x, ids) if keep.all() else (x[keep.to(x.device)], ids[keep])
 
 
 def retrieval(query, query_labels, bank=None, bank_labels=None, ks=(1, 5, 10, 20)):
@@ -2990,14 +2978,14 @@ def results_path(args):
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"{path} is no file of this script; use another --out") from None
         if changed:
-            raise BadInput(f"{path} holds results with other flags ({', '.join(changed)}); "
-                                  "use another --out")
+            raise BadInput(f"{path} holds results with other flags ({', '.join(changed)}); use "
+                           "another --out")
     return path
 
 
 def start_evaluation(args, checkpoint):
     """What every evaluation begins with. Returns: record, a dict of what is known about the run;
-    path of the results; device; the backbone there; a line that describes it."""
+    path of the results; device; the backbone there; lines that describe it."""
     path = results_path(args)
     ours, script = checkpoint if checkpoint.get("format") == 1 else {}, f"{args.method}.py"
     record = dict(script=script, command=shlex.join([script, *args.argv]), seconds=time.time(),
@@ -3301,9 +3289,7 @@ class EvaluationParser(Parser):
 
 def main(argv=None):
     """`python common.py --picture FILE`: look at a data set and the views that a run trains with.
-
-    --method NAME takes the recipes of that method; the other flags are those of its run.
-    """
+    --method NAME takes the recipes of that method; the other flags are those of its run."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--method", default="clinfonce")
     method = given.parse_known_args(argv)[0].method

@@ -227,12 +227,6 @@ def choose_hyperparameters(x, y, standardize, classes, args):
                 grid=points)
 
 
-def labelled_rows(x, ids):
-    """Rows of x with an id, and the ids; no copy of a large x where all have one."""
-    keep = ids >= 0
-    return (x, ids) if keep.all() else (x[keep.to(x.device)], ids[keep])
-
-
 def evaluate_features(args, data, h, classes, device):
     """kNN, fast probe and retrieval from the features h of (train, test). Returns: results."""
     y, y_test = (t.columns[args.label].to(device) for t in (data.train, data.test))
@@ -241,7 +235,7 @@ def evaluate_features(args, data, h, classes, device):
     for name in dict.fromkeys([args.label, *args.retrieval_labels]):
         ids, query_ids = (t.column(name).to(device) for t in (data.train, data.test))
         retrieval[name] = common.retrieval(
-            *labelled_rows(query, query_ids), *labelled_rows(bank, ids),
+            *common.labelled_rows(query, query_ids), *common.labelled_rows(bank, ids),
             [k for k in RANKS if k <= (ids >= 0).sum()])
     standardize = standardizer(h[0])
     choice = choose_hyperparameters(h[0], y, standardize, classes, args)
@@ -352,47 +346,43 @@ def write_features(args, data, backbone, h=None):
 
     Written by PART rows at a time, which all processes compute, or from h, (train, test).
     """
-    def parts(table, x):
+    def write_parts(table, x, write):
         for rows in torch.arange(len(table)).split(PART):
             part = x[rows.to(x.device)] if h else common.extract_features(
                 backbone, data, table.select(rows))
             part = part.to("cpu", getattr(torch, args.features_type))
             common.check_finite(f"features as {args.features_type}", part)
-            yield part.numpy()
+            write(part.numpy().tobytes())
 
-    def write(file):
+    def write_file(file):
         with zipfile.ZipFile(file, "w") as archive:
-            def member(name, array):
-                with archive.open(f"{name}.npy", "w") as part:
-                    np.lib.format.write_array(part, np.asarray(array), allow_pickle=False)
-
-            member("classes", [str(c) for c in data.train.classes.get(args.label) or []])
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
             for split, table, x in tables:
-                member(f"{split}_rows", table.index)
-                member(f"{split}_labels", table.columns[args.label])
-                if table.paths:
-                    member(f"{split}_paths", [os.path.relpath(p, args.data_dir)
-                                              for p in table.paths])
-                with archive.open(f"{split}_features.npy", "w", force_zip64=True) as whole:
-                    for i, part in enumerate(parts(table, x)):
-                        if i == 0:
-                            np.lib.format.write_array_header_1_0(whole, dict(
-                                descr=part.dtype.str, fortran_order=False,
-                                shape=(len(table), part.shape[1])))
-                        whole.write(part.tobytes())
+                with archive.open(f"{split}_features.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, dict(
+                        descr=np.dtype(args.features_type).str, fortran_order=False,
+                        shape=(len(table), backbone.width)))
+                    write_parts(table, x, member.write)
 
     tables = list(zip(("train", "test"), (data.train, data.test), h or (None, None)))
+    arrays = dict(classes=[str(c) for c in data.train.classes.get(args.label) or []])
+    for split, table, x in tables:
+        arrays |= {f"{split}_rows": table.index, f"{split}_labels": table.columns[args.label]}
+        if table.paths:
+            arrays[f"{split}_paths"] = [os.path.relpath(p, args.data_dir) for p in table.paths]
+        if common.rank() > 0:
+            write_parts(table, x, len)
     if common.rank() == 0:
-        common.atomic_write(Path(args.features), write)
-    else:
-        for _, table, x in tables:
-            for _ in parts(table, x):
-                pass
+        common.atomic_write(Path(args.features), write_file)
 
 
 def embedding_picture(args, h, labels, names, most=4000):
     """The PNG of --embedding: features h (N, D), L2-normalized, on their two first principal
     components, at most `most` points, drawn by seed. labels (N,), -1: none, gray."""
+    if common.rank() > 0:
+        return
     if (plt := common.pyplot()) is None:
         raise common.RunFailed("--embedding needs matplotlib")
     x = F.normalize(h.double().cpu(), dim=1)
@@ -436,11 +426,8 @@ def save_files(args, data, backbone, h, fc, names):
         write_features(args, data, backbone, h)
     if args.embedding:
         h_test = h[1] if h else common.extract_features(backbone, data, data.test)
-    if common.rank() > 0:
-        return
-    if args.embedding:
         embedding_picture(args, h_test, data.test.columns[args.label], names)
-    if args.save:
+    if args.save and common.rank() == 0:
         weights = {**backbone.state_dict(), **{f"fc.{k}": x for k, x in fc.items()}}
         common.atomic_write(Path(args.save), lambda file: torch.save(
             {k: x.cpu().contiguous() for k, x in weights.items()}, file))
@@ -462,8 +449,9 @@ def evaluate(args, checkpoint):
         if not (args.features or args.embedding):
             raise common.BadInput("--mode features writes --features or --embedding: name a file")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
-    for flag in ("save", "features", "embedding"):
-        if (file := getattr(args, flag)) and Path(file).exists() and not path.is_file():
+    files = {k: vars(args)[k] for k in ("save", "features", "embedding") if vars(args)[k]}
+    for flag, file in files.items():
+        if Path(file).exists() and not path.is_file():
             raise common.BadInput(f"--{flag} {file} exists; name a new file")
     data, names, notes = load_labelled(args, device)
     notes += common.data_notes(checkpoint, args, data)
@@ -478,8 +466,7 @@ def evaluate(args, checkpoint):
     written = any(word.split("=")[0] == "--knn-k" for word in args.argv)
     if written and args.knn_k > len(data.train):  # the default takes as many as there are
         raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training images")
-    if common.rank() == 0:
-        print("\n".join([description, *notes]), flush=True)
+    common.print_rank0("\n".join([description, *notes]))
 
     results, h = {}, None
     if args.mode in ("linear", "finetune"):
@@ -499,14 +486,10 @@ def evaluate(args, checkpoint):
     common.write_results(
         path, record, device, protocol=protocol, recipe=args.recipe, results=results,
         data=dict(train=len(data.train), test=len(data.test), classes=len(names), notes=notes))
-    print(f"  {'results':26} {path}")
-    for flag in ("save", "features", "embedding"):
-        if getattr(args, flag):
-            print(f"  {flag:26} {getattr(args, flag)}")
     if args.picture is not None:
-        image = Path(args.picture) if args.picture else path.with_suffix(".png")
-        retrieval_picture(image, args, data, h, names)
-        print(f"  {'picture':26} {image}")
+        files["picture"] = args.picture or path.with_suffix(".png")
+        retrieval_picture(files["picture"], args, data, h, names)
+    print("\n".join(f"  {name:26} {file}" for name, file in [("results", path), *files.items()]))
 
 
 def main(argv=None):

@@ -596,7 +596,8 @@ def test_other_data_is_refused(run_main, refused_by, tmp_path, monkeypatch):
 def test_torchrun(tmp_path):
     """Two processes on the built-in data end with one checkpoint and better retrieval."""
     done = end(start(["--loss", "isogclr", "--epochs", "3", "--limit-train", "2048", "--threads",
-                      "1", "--device", "cpu", "--lr", "3e-3", "--out", str(tmp_path / "run")],
+                      "1", "--device", "cpu", "--lr", "3e-3", "--warmup", "20", "--out",
+                      str(tmp_path / "run")],
                      torchrun("sogclr_clip.py", "--standalone", "--nproc_per_node=2")))
     assert done.status == 0, done.err
     assert "next         python sogclr_clip.py --evaluate" in done.out
