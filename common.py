@@ -2420,16 +2420,13 @@ def _tensors(tree, path=""):
 
 def _resnet_names(weights, prefix):
     """Name in torchvision's ResNet -> name in the file, of all weights under a prefix."""
-    own = [k for k in weights if k.startswith(prefix)]
+    own = {k: k[len(prefix):].partition(".") for k in weights if k.startswith(prefix)}
     # the children of a ResNet as the numbered layers of an nn.Sequential: those with weights
-    numbers = sorted({int(n) for k in own if (n := k[len(prefix):].split(".")[0]).isdigit()})
-    names = dict(zip(map(str, numbers), "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()))
-    of_file = {}
-    for key in own:
-        first, dot, rest = key[len(prefix):].partition(".")
-        # ResNets derived from SupContrast call the branch of a block `shortcut`
-        of_file[(names.get(first, first) + dot + rest).replace(".shortcut.", ".downsample.")] = key
-    return of_file
+    numbers = sorted({first for first, _, _ in own.values() if first.isdigit()}, key=int)
+    names = dict(zip(numbers, "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()))
+    # ResNets derived from SupContrast call the branch of a block `shortcut`
+    return {(names.get(first, first) + dot + rest).replace(".shortcut.", ".downsample."): k
+            for k, (first, dot, rest) in own.items()}
 
 
 def _find_resnet(weights, arch, stem):
@@ -2576,15 +2573,14 @@ def _lock(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _locks.append(os.open(path.parent, os.O_RDONLY))
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror}") from None
-    _open.callback(_unlock, path.parent)
-    try:
+        _open.callback(_unlock, path.parent)
         fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # a file system without locks has other errors
-        if isinstance(error, BlockingIOError):
-            raise BadInput(f"another process trains in {path.parent}: wait for it, end it, or use "
-                           "another --out") from None
+    except BlockingIOError:
+        raise BadInput(f"another process trains in {path.parent}: wait for it, end it, or use "
+                       "another --out") from None
+    except OSError as error:
+        if not _locks:  # else it is a file system without locks
+            raise RunFailed(f"cannot write {path}: {error.strerror}") from None
     for left in path.parent.glob("checkpoint*.tmp"):  # of a process that was killed
         left.unlink()
 
@@ -2676,12 +2672,11 @@ def summary(log, args, title, first_step, extra_lines=(), panels=()):
     files = [*extra_lines, f"  checkpoint   {checkpoint}", f"  log          {log.path}",
              f"  pictures     {', '.join(pictures) or 'none'}"]
     lines, first = [title, *files], "initial" if vars(args).get("init") else "untrained"
-    next_words = ["python", "linear_eval.py", "--checkpoint", str(checkpoint)]
     if knn := [r["knn_top1"] for r in log.records() if r.get("knn_top1") is not None]:
         lines = [title, f"  kNN top-1    {first} {knn[0]:.2f} %   trained {knn[-1]:.2f} %   "
                  f"(column {args.label}, K = {min(args.knn_k, log.header['data']['train'])}, "
-                 f"T = {args.knn_t})", *files,
-                 f"  next         {shlex.join(next_words)}"]
+                 f"T = {args.knn_t})", *files, "  next         python linear_eval.py --checkpoint "
+                 f"{shlex.quote(str(checkpoint))}"]
     if first_step == log.total:
         lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
     if should_stop():
@@ -3202,7 +3197,8 @@ class Parser(argparse.ArgumentParser):
         if name == "own":
             there = args.dataset in MEAN_STD and args.dataset != "captions"
             name += f"-{args.dataset if there else Path(args.data_dir).resolve().name}"
-        args.out = args.out or f"runs/{args.method}-{name}-seed{args.seed}"
+        if self.trains:
+            args.out = args.out or f"runs/{args.method}-{name}-seed{args.seed}"
         self.complete(args)
         if args.help:
             print(self.format_help(), end="")
@@ -3248,12 +3244,12 @@ class EvaluationParser(Parser):
         add = self.add_argument_group("checkpoint and results").add_argument
         add("--checkpoint", help="file to evaluate; none: an untrained network")
         add("--out", help=f"JSON file ({method}-RECIPE-LABEL.json)")
-        self.set_defaults(**dict.fromkeys(  # None where the command line is silent
-            ["recipe", "dataset", "arch", "stem", "lr", "lr_256", "fraction", "subset"]))
+        self.set_defaults(lr=1.0, **dict.fromkeys(  # None where the command line is silent
+            ["recipe", "dataset", "arch", "stem", "lr_256", "fraction", "subset"]))
 
     def parse_args(self, argv=None):
         """Flag over recipe over checkpoint; self.checkpoint is the file's dict, {} for `none`."""
-        given = self.given = self.parse_known_args(argv)[0]
+        given = self.parse_known_args(argv)[0]
         if given.checkpoint is None and not given.help:
             raise BadInput("name a --checkpoint FILE, or --checkpoint none")
         self.checkpoint = ({} if given.checkpoint in (None, "none") else
@@ -3273,18 +3269,17 @@ class EvaluationParser(Parser):
             self.inherited = dict.fromkeys(keep, "the checkpoint")
         if given.checkpoint == "none":  # else the weights tell
             self.set_defaults(arch="resnet-tiny", stem="imagenet")
-        self.set_defaults(lr=1.0)  # given.lr is None where --lr is not written
         args = super().parse_args(argv)
         if args.dataset not in SOURCES:
             raise BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
         return args
 
     def complete(self, args):
-        """The rate by --lr-256, the data set, and --out as it was typed."""
-        if self.given.lr is None and args.lr_256:
+        """The rate by --lr-256, and the data set."""
+        if "lr" in args.set_by and args.lr_256:
             check_ranges(args, above=["lr_256"])
             args.lr = args.lr_256 * args.batch_size / 256
-        args.dataset, args.out = args.dataset or "shapes", self.given.out
+        args.dataset = args.dataset or "shapes"
 
 
 def main(argv=None):

@@ -1,12 +1,10 @@
 """Evaluate the backbone of a checkpoint: kNN, retrieval, linear probes, fine-tuning on few labels.
 
 --checkpoint takes a file of any method of this project, a torchvision ResNet state dict, or a file
-of others: it searches nested dicts (`student`, `online_network_state_dict`), any prefix
-(`module.encoder_q.*`, `net.*`) and numbered layers for the ResNet that fits best, and prefers a
-trained network to its slow copy. It leaves heads out, prints which weights were loaded and which
-were not, and fails if any do not fit. A checkpoint of this project sets the data set,
-label column, image size, --limit-train and seed. A recipe overrides the checkpoint, and a flag
-overrides both.
+of others: it searches nested dicts, any prefix (`module.encoder_q.*`) and numbered layers for the
+ResNet that fits best, and prefers a trained network to its slow copy. It prints which weights were
+loaded and which were not, and fails if any do not fit. A checkpoint of this project sets the data
+set, label column, image size, --limit-train and seed; a recipe overrides it, a flag both.
 
     fast      features extracted once: weighted kNN; R@1/5/10/20 and mAP@R of the test images in the
               training images; a linear probe, softmax regression by SGD on standardized features.
@@ -90,11 +88,10 @@ PART = 2 ** 16  # rows of --features at a time
 
 
 def load_labelled(args, device):
-    """The images to evaluate on, with labels 0..C-1 (numbered by the training set).
+    """common.Data with labels 0..C-1, numbered by the training set; the C names; notes for the log.
 
     It leaves out images without label and classes with fewer than --min-per-class training images,
     then takes --subset or --fraction of the training images.
-    Returns: common.Data; the C class names; notes for the log.
     """
     # batch 1: common.Data checks that the batch fits, which is known once the rows are chosen
     any_size = argparse.Namespace(**{**vars(args), "batch_size": 1})
@@ -156,8 +153,8 @@ def subset_rows(table, args):
 def standardizer(x):
     """Function (x, rows, device) -> (b, D + 1) float32: standardized rows, and a 1 for the bias.
 
-    Over x (N, D) a row has mean 0 and mean square norm 1, so that learning rates do not depend on
-    D. It takes a batch at a time, as ImageNet's features do not fit on a GPU.
+    Over x (N, D) a row has mean 0 and mean square norm 1: learning rates do not depend on D. It
+    takes a batch at a time, as ImageNet's features do not fit on a GPU.
     """
     sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     for block in x.split(2 ** 16):
@@ -373,7 +370,7 @@ def write_features(args, data, backbone, h=None):
         if table.paths:
             arrays[f"{split}_paths"] = [os.path.relpath(p, args.data_dir) for p in table.paths]
         if common.rank() > 0:
-            write_parts(table, x, len)
+            write_parts(table, x, len)  # it only takes part in the computing
     if common.rank() == 0:
         common.atomic_write(Path(args.features), write_file)
 
@@ -394,9 +391,8 @@ def embedding_picture(args, h, labels, names, most=4000):
     rows = torch.randperm(len(x), generator=common.generator(args.seed, 0, "embedding"))[:most]
     points, y = (x[rows] @ axes).numpy(), labels[rows].cpu()
     shown = [c for c in y.unique().tolist() if c >= 0]
-    few = len(shown) <= 10
-    colours = [plt.get_cmap("tab10" if few else "turbo")(i if few else (i + 0.5) / len(shown))
-               for i in range(len(shown))]
+    few, place = len(shown) <= 10, np.arange(len(shown))
+    colours = plt.get_cmap("tab10")(place) if few else plt.get_cmap("turbo")(place / len(shown))
     figure, axis = plt.subplots(figsize=(8 if few else 9.5, 7), layout="constrained")
     axis.scatter(*points.T, s=14, alpha=0.65, lw=0, color=[
         colours[shown.index(c)] if c >= 0 else "0.8" for c in y.tolist()])
@@ -404,9 +400,8 @@ def embedding_picture(args, h, labels, names, most=4000):
         name = str(names[c]) if names else str(c)
         if few:
             axis.annotate(name, np.median(points[y == c], 0), ha="center", va="center", size=11,
-                          weight="bold", bbox=dict(boxstyle="round", fc="white", ec=colour, lw=1.5,
-                                                   alpha=0.8))
-        axis.scatter([], [], s=40, color=colour, label=name)
+                          weight="bold", bbox=dict(boxstyle="round", fc="white", ec=colour))
+        axis.scatter([], [], s=40, color=[colour], label=name)
     if 10 < len(shown) <= 60:
         figure.legend(loc="outside right center", fontsize=8, frameon=False,
                       ncols=1 + (len(shown) > 30))
@@ -463,8 +458,7 @@ def evaluate(args, checkpoint):
         if args.mode == "fast" and bank < RANKS[-1]:
             notes.append(f"column {column}: {', '.join(f'R@{k}' for k in RANKS if k > bank)} left "
                          f"out, as only {bank} training images have a value")
-    written = any(word.split("=")[0] == "--knn-k" for word in args.argv)
-    if written and args.knn_k > len(data.train):  # the default takes as many as there are
+    if "knn_k" not in args.set_by and args.knn_k > len(data.train):  # a default takes what there is
         raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training images")
     common.print_rank0("\n".join([description, *notes]))
 
