@@ -342,5 +342,6 @@ def test_an_error_is_one_line_under_torchrun(jobs):
     run = jobs.error.result()
     assert run.status != 0 and not (jobs.folder / "error").exists()
     assert [s for s in run.err.splitlines() if s.startswith("clinfonce.py: error:")] == [
-        "clinfonce.py: error: --k 65 needs at least 65 images, found 64"]
+        "clinfonce.py: error: --k 65 needs at least 65 images, found 64: take --k 2, about 50 "
+        "images a cluster"]
     assert f'File "{CODE}' not in run.err  # torchrun has a traceback of its own, we have none
