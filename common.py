@@ -532,18 +532,12 @@ class Texts:
     def __getitem__(self, i):
         return self.data[self.ends[i]:self.ends[i + 1]].tobytes().decode(errors="surrogateescape")
 
-    def take(self, rows):
-        """Texts of the given rows."""
-        return Texts(self[i] for i in rows.tolist())
-
 
 class Members:
-    """Paths SHARD:OFFSET:SIZE of N files in tar archives, 16 bytes each; see `open_image`.
-
-    shards, the archives; which (N,) int32 of them, offset (N,) int64, size (N,) int32.
-    """
+    """Paths SHARD:OFFSET:SIZE of N files in tar archives, 16 bytes each; see `open_image`."""
 
     def __init__(self, shards, which, offset, size):
+        """which (N,) int32 of the shards, offset (N,) int64, size (N,) int32."""
         self.shards, self.where = shards, (which, offset, size)
 
     def __len__(self):
@@ -552,10 +546,6 @@ class Members:
     def __getitem__(self, i):
         which, offset, size = (x[i] for x in self.where)
         return f"{self.shards[which]}:{offset}:{size}"
-
-    def take(self, rows):
-        """Members of the given rows."""
-        return Members(self.shards, *(x[rows.numpy()] for x in self.where))
 
 
 @dataclass(eq=False)
@@ -594,14 +584,13 @@ class Table:
         return self.columns[name]
 
     def select(self, rows):
-        """Table of the given rows (int64), in that order."""
-        def rows_of(x):
-            return x.take(rows) if hasattr(x, "take") else x and [x[i] for i in rows.tolist()]
-
+        """Table of the given rows (int64), in that order; it looks its texts up in this one's."""
+        paths, captions = (x and torch.utils.data.Subset(x, rows)
+                           for x in (self.paths, self.captions))
         return dataclasses.replace(
-            self, columns={k: v[rows] for k, v in self.columns.items()},
-            images=None if self.images is None else self.images[rows],
-            paths=rows_of(self.paths), captions=rows_of(self.captions), index=self.index[rows])
+            self, columns={k: v[rows] for k, v in self.columns.items()}, paths=paths,
+            images=None if self.images is None else self.images[rows], captions=captions,
+            index=self.index[rows])
 
 
 def ids_of(values, key=None):
@@ -668,7 +657,11 @@ def _cifar(args):
 
     Columns: label and coarse; the coarse classes of CIFAR-10 are vehicle and animal.
     """
-    tables = _cifar_tables(args)
+    packs = [Path(args.data_dir) / f"{args.dataset}_{split}.npz" for split in ("train", "test")]
+    if all(p.exists() for p in packs) and not args.download:
+        tables = _packs(*packs)
+    else:
+        tables = [_cifar_table(split, args) for split in ("train", "test")]
     if args.dataset == "cifar10":
         vehicle = torch.tensor([0, 1, 8, 9])  # airplane, automobile, ship, truck
         for table in tables:
@@ -677,25 +670,16 @@ def _cifar(args):
     return tables
 
 
-def _cifar_tables(args):
-    """Training and test table of `_cifar`, with the columns that the files have."""
-    packs = [Path(args.data_dir) / f"{args.dataset}_{split}.npz" for split in ("train", "test")]
-    if all(p.exists() for p in packs) and not args.download:
-        return _packs(*packs)
-    source = getattr(torchvision.datasets, args.dataset.upper())
-    tables = []
-    for split in ("train", "test"):
-        data = _torchvision(source, args, train=split == "train")
-        columns, classes = dict(label=torch.tensor(data.targets)), dict(label=list(data.classes))
-        if args.dataset == "cifar100":  # torchvision reads only the fine labels of these files
-            labels, meta = (
-                pickle.loads((Path(data.root, data.base_folder) / name).read_bytes(),
-                             encoding="latin1") for name in (split, "meta"))
-            columns["coarse"] = torch.tensor(labels["coarse_labels"])
-            classes["coarse"] = meta["coarse_label_names"]
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-        tables.append(Table(columns, classes, images))
-    return tuple(tables)
+def _cifar_table(split, args):
+    data = _torchvision(getattr(torchvision.datasets, args.dataset.upper()), args,
+                        train=split == "train")
+    columns, classes = dict(label=torch.tensor(data.targets)), dict(label=list(data.classes))
+    if args.dataset == "cifar100":  # torchvision reads only the fine labels of these files
+        labels, meta = (pickle.loads((Path(data.root, data.base_folder) / name).read_bytes(),
+                                     encoding="latin1") for name in (split, "meta"))
+        columns["coarse"] = torch.tensor(labels["coarse_labels"])
+        classes["coarse"] = meta["coarse_label_names"]
+    return Table(columns, classes, torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous())
 
 
 def _stl10(args):
@@ -830,27 +814,25 @@ def list_images(folder, skipped):
 
 def skipped_notes(folder, skipped):
     """The note on what `list_images` passed over, as a list."""
-    text = ", ".join(f"{n} {name}" for name, n in sorted(skipped.items()))
+    text = ", ".join(f"{n} {name}" for name, n in sorted(skipped.items()) if n)
     return [f"{folder}: passed over {text}"] if text else []
 
 
-def class_folders(folder, skipped=None):
-    """Sorted names of the folders in a folder; `skipped` counts the files beside them."""
-    skipped = collections.Counter() if skipped is None else skipped
-    entries = [*_entries(folder, skipped)]
-    names = [entry.name for entry in entries if entry.is_dir()]
-    skipped["files beside the class folders"] += (len(entries) - len(names)) * bool(names)
-    return names
+def class_folders(folder):
+    """Sorted names of the folders in a folder."""
+    return [entry.name for entry in _entries(folder, collections.Counter()) if entry.is_dir()]
 
 
-def folder_table(folder, names, skipped, held_out=None):
+def folder_table(folder, names):
     """Table of the images in the class folders `names`, or in the folder itself if there are none.
 
-    held_out: None = all images; True / False = every fifth image of a class / the others.
     Errors: BadInput if a class folder has no image, or looks like a folder of class folders.
     """
-    paths, labels = [], []
-    for name in names or ["."]:
+    paths, labels, skipped = [], [], collections.Counter()
+    if names:
+        skipped["files beside the class folders"] = sum(
+            not entry.is_dir() for entry in _entries(folder, skipped))
+    for label, name in enumerate(names or ["."]):
         images = list_images(folder / name, skipped)
         start = len(os.path.join(folder / name, ""))
         below = sorted({p[start:].partition(os.sep)[0] for p in images if os.sep in p[start:]})
@@ -859,16 +841,10 @@ def folder_table(folder, names, skipped, held_out=None):
                            f"{LAYOUT}")
         if not images:
             raise BadInput(f"folder {folder / name} has no image")
-        images = [p for i, p in enumerate(images) if held_out in (None, i % 5 == 4)]
         paths += images
-        labels += [name if names else "unlabelled"] * len(images)
-    if not paths:
-        raise BadInput(f"{folder}: every fifth image of a class is held out, and no class has "
-                       "five; add images, or a folder train/ and a folder val/")
-    ids, values = ids_of(labels)
-    skipped += collections.Counter()  # drops the zeros
-    return Table(dict(label=ids), dict(label=values), paths=paths, source=str(folder),
-                 notes=skipped_notes(folder, skipped))
+        labels += [label] * len(images)
+    return Table(dict(label=torch.tensor(labels)), dict(label=names or ["unlabelled"]), paths=paths,
+                 source=str(folder), notes=skipped_notes(folder, skipped))
 
 
 def _folder(args):
@@ -878,12 +854,12 @@ def _folder(args):
     image of a class is held out. --classes FILE names the class folders to use, one on each line
     or all on one line. Hidden files and those that Pillow does not read are counted in a note.
     """
-    root, skipped = Path(args.data_dir), collections.Counter()
+    root = Path(args.data_dir)
     if not root.is_dir():
         raise BadInput(f"--data-dir {root}: no such folder")
     parts = class_folders(root)
     base = root / "train" if "train" in parts else root
-    names = class_folders(base, skipped)
+    names = class_folders(base)
     if args.classes:
         wanted = read_names("--classes", args.classes, names)
         if missing := sorted(set(wanted) - set(names)):
@@ -892,21 +868,26 @@ def _folder(args):
     if base == root:
         if splits := [name for name in names if SPLIT.fullmatch(name)]:
             raise BadInput(f"{root} holds {splits[0]}/ and no train/{LAYOUT}")
-        train = folder_table(root, names, skipped, False)
-        return train, dataclasses.replace(folder_table(root, names, skipped, True), notes=[])
+        table = folder_table(root, names)
+        counts = table.columns["label"].unique(return_counts=True)[1]
+        held_out = torch.cat([torch.arange(n) for n in counts]) % 5 == 4
+        if not held_out.any():
+            raise BadInput(f"{root}: every fifth image of a class is held out, and no class has "
+                           "five; add images, or a folder train/ and a folder val/")
+        return tuple(dataclasses.replace(table.select(rows.nonzero().flatten()), index=None,
+                                         notes=notes)
+                     for rows, notes in ((~held_out, table.notes), (held_out, ())))
     test = next((root / name for name in ("val", "test") if name in parts), None)
     if test is None:
         raise BadInput(f"{root} has train/ but neither val/ nor test/")
-    train, skipped = folder_table(base, names, skipped), collections.Counter()
-    found = class_folders(test, skipped)
+    train, found = folder_table(base, names), class_folders(test)
     if names and not set(names) & set(found):
         raise BadInput(f"{test} has no class folder of {base} (TinyImageNet and the validation "
                        "images of ILSVRC as they are unpacked): move each image into the folder "
                        f"of its class{LAYOUT}")
-    for name in names:
-        if name not in found:
-            raise BadInput(f"class folder {test / name} is missing")
-    return train, folder_table(test, names and (names if args.classes else found), skipped)
+    if missing := [name for name in names if name not in found]:
+        raise BadInput(f"class folder {test / missing[0]} is missing")
+    return train, folder_table(test, names and (names if args.classes else found))
 
 
 def read_rows(source):
@@ -916,41 +897,35 @@ def read_rows(source):
     Errors: BadInput with the line of a row that has more or fewer fields than there are columns.
     """
     with reading(source), open(source, newline="", encoding=encoding_of(source)) as file:
-        with open(source, "rb") as start:
-            if start.read(4) == b"PAR1":
-                import pandas
+        if file.buffer.peek(4)[:4] == b"PAR1":
+            import pandas
 
-                frame = pandas.read_parquet(source)
-                yield [*frame.columns]
-                for row in frame.itertuples(index=False, name=None):
-                    yield ["" if value is None else str(value) for value in row]
-                return
+            frame = pandas.read_parquet(source)
+            yield [*frame.columns]
+            for row in frame.itertuples(index=False, name=None):
+                yield ["" if value is None else str(value) for value in row]
+            return
         tab = "\t" in file.readline()
         file.seek(0)
         reader = csv.reader(file, delimiter="\t" if tab else ",", strict=True,
                             quoting=csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL,
                             skipinitialspace=not tab)
-        names = None
-        while (row := _next_row(source, reader)) is not None:
-            if names is None:
-                row = names = [name.strip() for name in row]
-                if twice := [n for i, n in enumerate(names) if n and n in names[:i]]:
-                    raise BadInput(f"{source} has two columns named {twice[0]!r}")
-            if len(row) != len(names) or any(
-                    v.strip() for n, v in zip(names[1:], row[1:]) if not n):
-                raise BadInput(f"{source}, line {reader.line_num}: {len(row)} fields for the "
-                               f"columns {', '.join(names)}; a comma in a field needs quotes")
-            yield row
-        if names is None:
-            raise BadInput(f"{source} cannot be read: it is empty")
-
-
-def _next_row(source, reader):
-    """The next row that is not empty, None at the end; BadInput with the line if it is broken."""
-    try:
-        return next(filter(None, reader), None)
-    except csv.Error as error:
-        raise BadInput(f"{source}, line {reader.line_num} cannot be read: {error}") from None
+        try:
+            rows = filter(None, reader)  # passes over empty lines
+            names = [name.strip() for name in next(rows, ())]
+            if not names:
+                raise ValueError("it is empty")
+            if twice := [n for i, n in enumerate(names) if n and n in names[:i]]:
+                raise BadInput(f"{source} has two columns named {twice[0]!r}")
+            yield names
+            for row in rows:
+                if len(row) != len(names) or any(
+                        v.strip() for n, v in zip(names[1:], row[1:]) if not n):
+                    raise BadInput(f"{source}, line {reader.line_num}: {len(row)} fields for the "
+                                   f"columns {', '.join(names)}; a comma in a field needs quotes")
+                yield row
+        except csv.Error as error:
+            raise BadInput(f"{source}, line {reader.line_num} cannot be read: {error}") from None
 
 
 def _csv(args):
@@ -980,30 +955,25 @@ def csv_table(root, file):
     if not rows:
         raise BadInput(f"{source} has no row of an image")
     index = [row[0] for row in rows] if numbered else [*map(str, range(len(rows)))]
-    if strange := [v for v in index if not INTEGER.fullmatch(v)]:
-        raise BadInput(f"{source}: index {strange[0]!r} is not an integer")
-    columns, classes = {}, {}
-    fields = dict(zip(names[numbered:], zip(*(row[numbered:] for row in rows))))
+    fields = dict(zip(names[numbered:], zip(*(row[numbered:] for row in rows)))) | {"": index}
+    columns, classes, paths = {}, {}, fields.pop("path")
     for name, values in fields.items():
-        if name in ("", "path"):
-            continue
-        texts = [i for i, v in enumerate(values) if v and not INTEGER.fullmatch(v)]
+        texts = [i for i, v in enumerate(values) if (v or not name) and not INTEGER.fullmatch(v)]
         if not texts:
             columns[name] = torch.tensor([int(v.split(".")[0]) if v else -1 for v in values])
-        elif name.startswith("label_gran") or len(texts) < sum(map(bool, values)):
-            raise BadInput(f"{source}, row {index[texts[0]]}, column {name}: "
+        elif name[:10] in ("", "label_gran") or len(texts) < sum(map(bool, values)):
+            raise BadInput(f"{source}, row {index[texts[0]]}, column {name or 'index'}: "
                            f"{values[texts[0]]!r} is not an integer")
         else:
             columns[name], classes[name] = ids_of(values)
     numbers = ["" if v < 0 else str(v) for v in columns["class"].tolist()]
     columns["label"], classes["label"] = (columns["class"], classes["class"]) if (
         "class" in classes) else ids_of(numbers, int)
-    paths = [_inside(root, p, source, i) for p, i in zip(fields["path"], index, strict=True)]
-    lost = [name for name, path in zip(fields["path"], paths) if path is None]
-    table = Table(columns, classes, paths=paths, source=str(source),
-                  index=torch.tensor([int(i.split(".")[0]) for i in index]),
-                  notes=_dropped(source, lost, len(paths), "images are missing", root))
-    return table.select(torch.tensor([i for i, path in enumerate(paths) if path is not None]))
+    files = [_inside(root, path, source, i) for path, i in zip(paths, index, strict=True)]
+    lost = [path for path, file in zip(paths, files) if file is None]
+    table = Table(columns, classes, paths=files, source=str(source), index=columns.pop(""),
+                  notes=_dropped(source, lost, len(files), "images are missing", root))
+    return table.select(torch.tensor([i for i, file in enumerate(files) if file is not None]))
 
 
 INTEGER = re.compile(r"-?\d{1,18}(\.0+)?")  # more digits do not fit into int64
@@ -1055,14 +1025,13 @@ def captions_table(root, file, image_root=""):
     sources, folder = caption_files(Path(root) / file), Path(root) / image_root
     if sources[0].suffix.lower() == ".tar":
         return shard_table(sources)
-    ids, of_id, of_path, rows, lost = {}, {}, {}, [], []
+    of_id, of_path, rows, lost = {}, {}, [], []
     for source in sources:
         for i, (name, texts, image_id) in enumerate(_caption_entries(source)):
             if (path := _inside(folder, name, source, i)) is not None:
                 key = path if image_id is None else str(image_id)
-                record, number = (key, path, source, i), ids.setdefault(key, len(ids))
-                for a, b, *where in (of_id.setdefault(key, record),
-                                     of_path.setdefault(path, record)):
+                record = of_id.setdefault(key, (len(of_id), key, path, source, i))
+                for _, a, b, *where in (record, of_path.setdefault(path, record)):
                     if (a, b) != (key, path):
                         raise BadInput(f"{source}, entry {i}: image_id {key} is {path}, but "
                                        f"image_id {a} is {b} in {where[0]}, entry {where[1]}")
@@ -1071,7 +1040,7 @@ def captions_table(root, file, image_root=""):
                 if reason:
                     lost.append(f"entry {i} ({name}: {reason})")
                 else:
-                    rows.append((path, text, number))
+                    rows.append((path, text, record[0]))
     notes = _dropped(sources[0], lost, len(lost) + len(rows), "captions dropped", folder)
     if not rows:
         raise BadInput(f"{sources[0]} has no entry")
@@ -1093,50 +1062,47 @@ def _caption_entries(source):
     with reading(f"caption file {source}"), open(source, encoding=encoding_of(source),
                                                  errors="replace") as file:
         start = file.read(100).lstrip()[:1]
-    if start in ("[", "{"):
-        entries = read_json(f"caption file {source}", source)
-        if not isinstance(entries, list):
-            raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list; COCO's own "
-                           "files (images, annotations) are not read as they are: write one "
-                           '{"image": file_name, "caption": text, "image_id": id} for each of the '
-                           "annotations")
-    else:
-        entries = _caption_rows(source)
+    if start not in ("[", "{"):
+        yield from _caption_rows(source)
+        return
+    entries = read_json(f"caption file {source}", source)
+    if not isinstance(entries, list):
+        raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list; COCO's own files "
+                       '(images, annotations) are not read as they are: write one {"image": '
+                       'file_name, "caption": text, "image_id": id} for each of the annotations')
     for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise BadInput(f"{source}, entry {i} is a {type(entry).__name__}, not an object with "
-                           "image and caption")
-        image, texts, image_id = map(entry.get, ("image", "caption", "image_id"))
+        values = entry if isinstance(entry, dict) else {}
+        image, texts, image_id = map(values.get, ("image", "caption", "image_id"))
         texts = [texts] if isinstance(texts, str) else texts
         if isinstance(image_id, (dict, list)) or not (
                 isinstance(image, str) and isinstance(texts, list) and texts
                 and all(isinstance(text, str) for text in texts)):
             raise BadInput(f"{source}, entry {i} needs 'image', a path, and 'caption', a text or a "
-                           f"list of texts; it is {str(entry)[:150]}")
+                           f"list of texts; it is a {type(entry).__name__}: {str(entry)[:150]}")
         yield image, texts, image_id
 
 
 def _caption_rows(source):
-    """The rows of a table as the entries of a JSON file."""
-    names, *aliases = None, ("image", "filepath", "path"), ("caption", "title")
-    for row in read_rows(source):
-        if names is None:
-            names = row
-            image, caption = (next((a for a in alias if a in names), None) for alias in aliases)
-            files = os.path.abspath(source.with_suffix("")) if "key" in names else None
-            if caption is None or image is None and files is None:
-                raise BadInput(f"{source} needs columns image and caption; it has: "
-                               f"{', '.join(names)[:200]}")
-            continue
+    """The same of a table."""
+    rows = read_rows(source)
+    names = next(rows)
+    image, caption = (next((name for name in aliases if name in names), None) for aliases in (
+        ("image", "filepath", "path"), ("caption", "title")))
+    if caption is None or image is None and "key" not in names:
+        raise BadInput(f"{source} needs columns image and caption; it has: "
+                       f"{', '.join(names)[:200]}")
+    for row in rows:
         entry = dict(zip(names, row))
-        if image is None:  # img2dataset: 00000.parquet beside the folder 00000
-            if entry.get("status", "success") != "success":  # not downloaded
-                continue
-            name = f"{files}/{entry['key']}."
-            entry["image"] = name + next((e for e in ("png", "webp") if os.path.exists(name + e)),
-                                         "jpg")
-        yield dict(image=entry[image or "image"].strip(), caption=entry[caption],
-                   image_id=entry.get("image_id") or None)
+        if image:
+            path = entry[image].strip()
+        elif entry.get("status", "success") == "success":  # img2dataset could download it
+            # 00000.parquet lies beside the folder 00000
+            stem = os.path.join(os.path.abspath(source.with_suffix("")), entry["key"])
+            path = next((p for p in (f"{stem}.png", f"{stem}.webp") if os.path.exists(p)),
+                        f"{stem}.jpg")
+        else:
+            continue
+        yield path, [entry[caption]], entry.get("image_id") or None
 
 
 def shard_table(shards):
@@ -1176,7 +1142,7 @@ def shard_index(shard):
     with contextlib.suppress(Exception), np.load(cache) as known:  # absent, broken: written anew
         if np.array_equal(known["stamp"], stamp):
             return dict(known)
-    members, offset, size, texts, lost = {}, [], [], [], []
+    members, pairs, lost = {}, [], []
     with reading(f"shard {shard}"), open(shard, "rb") as file:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -1199,14 +1165,13 @@ def shard_index(shard):
                 text = content(of[".txt"]) if ".txt" in of else json.loads(
                     content(of[".json"]))["caption"] if ".json" in of else ""
                 fault = "no image" if place is None else _caption_fault(text)
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
+            except Exception as error:  # json raises many kinds; its caption may be no text
                 fault = f"its caption cannot be read ({error!r})"
             if fault:
                 lost.append(f"{name}: {fault}")
             else:
-                offset.append(place[0])
-                size.append(place[1])
-                texts.append(text.encode())
+                pairs.append((*place, text.encode()))
+    offset, size, texts = zip(*pairs) if pairs else ((), (), ())
     arrays = dict(offset=np.array(offset, np.int64), size=np.array(size, np.int32), stamp=stamp,
                   text=np.frombuffer(b"".join(texts), np.uint8), lost=np.array(lost, str),
                   length=np.array([len(text) for text in texts], np.int32))
@@ -1445,13 +1410,9 @@ def _one_ahead(function, steps):
             return function(step)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        coming = collections.deque()
-        for step in steps:
-            coming.append(pool.submit(locked, step))
-            if len(coming) > 1:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+        calls = (pool.submit(locked, step) for step in steps)
+        for call, _ in itertools.pairwise(itertools.chain(calls, [None])):
+            yield call.result()
 
 
 def send(dicts, device):
