@@ -2920,7 +2920,8 @@ def results_path(args):
     folder = Path(args.checkpoint).parent
     if args.checkpoint == "none":
         folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
-    names = args.method, args.recipe, args.label, *Path(args.checkpoint).stem.split("-")[1:]
+    recipe = "features" if vars(args).get("mode") == "features" else args.recipe
+    names = args.method, recipe, args.label, *Path(args.checkpoint).stem.split("-")[1:]
     path = Path(args.out or folder / f"{'-'.join(names)}.json")  # -0050 of checkpoint-0050.pt
     above = next(p for p in path.absolute().parents if p.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
@@ -2930,7 +2931,8 @@ def results_path(args):
             old = json.loads(path.read_text())
             if old["script"] != f"{args.method}.py":
                 raise ValueError("a file of another script")
-            changed = changed_flags(old["args"], flags_dict(args), (*FREE_FLAGS, "device"))
+            changed = changed_flags(old["args"], flags_dict(args), (
+                *FREE_FLAGS, "device", "save", "features", "features_type", "embedding"))
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"{path} is no file of this script; use another --out") from None
         if changed:

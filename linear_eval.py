@@ -36,6 +36,7 @@ batch and all of them compute features; every process fits the same fast probe.
 Shapes: N training images, D width of the backbone, C classes, G points of the grid, b rows.
 """
 import argparse
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -446,7 +447,8 @@ def evaluate(args, checkpoint):
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     files = {k: vars(args)[k] for k in ("save", "features", "embedding") if vars(args)[k]}
     for flag, file in files.items():
-        if Path(file).exists() and not path.is_file():
+        known = path.is_file() and json.loads(path.read_text())["args"].get(flag) == file
+        if Path(file).exists() and not known:  # the same command again may write it anew
             raise common.BadInput(f"--{flag} {file} exists; name a new file")
     data, names, notes = load_labelled(args, device)
     notes += common.data_notes(checkpoint, args, data)

@@ -788,6 +788,17 @@ def test_features_of_the_fast_mode(tmp_path):
         assert len(set(picture.convert("RGB").getdata())) > 100  # in colours
 
 
+def test_an_evaluation_again_with_files(tmp_path, capsys):
+    """The files of features change no figure, so the results may be those of an earlier command."""
+    first = run(tmp_path, "--checkpoint", "none")["results"]
+    again = ["--checkpoint", "none", "--features", str(tmp_path / "f.npz")]
+    for _ in range(2):  # the same command may write its file anew
+        assert run(tmp_path, *again)["results"] == first
+    assert "f.npz exists; name a new file" in fails(
+        capsys, "--checkpoint", "none", "--save", str(tmp_path / "f.npz"), "--out",
+        str(tmp_path / "out.json"))
+
+
 def test_embedding_is_a_projection_on_principal_components(tmp_path, monkeypatch):
     drawn, args = [], flags("--checkpoint", "none", "--embedding", str(tmp_path / "e.png"))
     g = torch.Generator().manual_seed(0)
