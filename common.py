@@ -2268,9 +2268,9 @@ def environment(device):
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
             name = next((s.split(":")[1].strip() for s in file if s.startswith("model name")), name)
         name += f", {CORES} cores"
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__,
-                    torchvision=torchvision.__version__)
-    return dict(processes=world(), threads=torch.get_num_threads(), device=name, versions=versions)
+    return dict(processes=world(), threads=torch.get_num_threads(), device=name, versions=dict(
+        python=sys.version.split()[0], torch=torch.__version__,
+        torchvision=torchvision.__version__))
 
 
 def memory_mb():
@@ -2379,24 +2379,22 @@ def _tensors(tree, path=""):
             yield from _tensors(value, f"{path}{key}/")
 
 
-def _resnet_names(weights, prefix):
-    """Name in torchvision's ResNet -> name in the file, of all weights under a prefix."""
-    own = {k: k[len(prefix):].partition(".") for k in weights if k.startswith(prefix)}
-    # the children of a ResNet as the numbered layers of an nn.Sequential: those with weights
-    numbers = sorted({first for first, _, _ in own.values() if first.isdigit()}, key=int)
-    names = dict(zip(numbers, "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()))
-    # ResNets derived from SupContrast call the branch of a block `shortcut`
-    return {(names.get(first, first) + dot + rest).replace(".shortcut.", ".downsample."): k
-            for k, (first, dot, rest) in own.items()}
-
-
 def _find_resnet(weights, arch, stem):
     """The ResNet that the tensors `weights` fit best: prefix of its names, arch, stem, names of the
     weights that fit, are absent and are left over, its state dict on meta, name -> name in file.
     None if no weight fits."""
     first = (re.fullmatch(r"(|.*[./])(conv1|\d+)\.weight", k) for k, x in weights.items()
              if x.ndim == 4 and x.shape[1] < 16)  # the convolution that reads images
-    layouts, best = {m[1]: _resnet_names(weights, m[1]) for m in first if m}, None
+    layouts, best = {}, None  # prefix -> name in torchvision's ResNet -> name in the file
+    for prefix in [m[1] for m in first if m]:
+        own = {k: k[len(prefix):].partition(".") for k in weights if k.startswith(prefix)}
+        # the children of a ResNet as the numbered layers of an nn.Sequential: those with weights
+        numbers = sorted({name for name, _, _ in own.values() if name.isdigit()}, key=int)
+        names = dict(zip(numbers, "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()))
+        # ResNets derived from SupContrast call the branch of a block `shortcut`
+        layouts[prefix] = {
+            (names.get(name, name) + dot + rest).replace(".shortcut.", ".downsample."): k
+            for k, (name, dot, rest) in own.items()}
     for a in [arch] if arch else ARCHS:
         for s in [stem] if stem else ("imagenet", "cifar"):
             with torch.device("meta"):  # without memory
@@ -2556,8 +2554,7 @@ def _unlock(folder):
 def _load_run(state, args):
     """Load the checkpoint of the run folder, if there is one. Returns: the number of steps done."""
     path, log = Path(args.out) / "checkpoint.pt", state["log"]
-    if not path.exists() and path.with_name("checkpoint.prev.pt").exists():
-        path = path.with_name("checkpoint.prev.pt")
+    path = path if path.exists() else path.with_name("checkpoint.prev.pt")
     if path.exists():
         old = load_checkpoint(path)
         if not old.keys() >= {"format", "method", "step", "args", "state"}:
@@ -2824,7 +2821,7 @@ def knn_scores(query, bank, bank_labels, classes, k=200, t=0.07):
     """Class scores of the weighted kNN: score_c = sum over the k nearest of class c exp(sim / t).
 
     Args: query (Q, D), bank (N, D), unit-norm rows; bank_labels (N,) int64 in 0..classes-1.
-    Returns: (Q, classes), dtype of query, divided by the weight of the nearest row. k is at most N.
+    Returns: (Q, classes), dtype of query, divided by the weight of the nearest row.
     """
     sims, rows = top_k(query, bank, min(k, len(bank)))
     weights = ((sims - sims[:, :1]) / t).exp()
@@ -3044,7 +3041,6 @@ def shown(value):
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all methods share; --recipe sets defaults, a flag overrides.
-
     Without --recipe it is `demo`, or `own` for another data set than the demo's, if there is one.
     """
 
@@ -3232,10 +3228,7 @@ class EvaluationParser(Parser):
             self.inherited = dict.fromkeys(keep, "the checkpoint")
         if given.checkpoint == "none":  # else the weights tell
             self.set_defaults(arch="resnet-tiny", stem="imagenet")
-        args = super().parse_args(argv)
-        if args.dataset not in SOURCES:
-            raise BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
-        return args
+        return super().parse_args(argv)
 
     def complete(self, args):
         """The rate by --lr-256, and the data set."""
@@ -3243,6 +3236,8 @@ class EvaluationParser(Parser):
             check_ranges(args, above=["lr_256"])
             args.lr = args.lr_256 * args.batch_size / 256
         args.dataset = args.dataset or "shapes"
+        if args.dataset not in SOURCES:
+            raise BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")
 
 
 def main(argv=None):

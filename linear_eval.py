@@ -176,8 +176,7 @@ def fit_softmax_regression(x, y, rows, standardize, classes, grid, args):
     """SGD with momentum and a cosine schedule to 0, for a whole grid side by side.
 
     Args: x (N, D); y (N,) int64, on the device that computes; rows (n,) int64, those to fit; grid,
-    G pairs (learning rate, weight decay; the bias is not decayed).
-    Returns: W (D + 1, G, C) float32. It starts from 0: only the order of the rows is random.
+    G pairs (learning rate, weight decay, not of the bias). Returns: W (D + 1, G, C), from 0.
     """
     lr, decay = torch.tensor(grid, device=y.device).T[:, :, None]  # (G, 1) each
     W = torch.zeros(x.shape[1] + 1, len(grid), classes, device=y.device)
@@ -198,11 +197,8 @@ def fit_softmax_regression(x, y, rows, standardize, classes, grid, args):
 
 
 def choose_hyperparameters(x, y, standardize, classes, args):
-    """The point of the grid with the best accuracy on held-out training rows, never on test rows.
-
-    Held out: 20 % of each class, at least one row, but never the only one; drawn by the seed.
-    Returns: dict of lr, weight_decay, validation_top1 (ties: the first point), and the grid.
-    """
+    """Dict of the first point of the grid with the best validation_top1, and of the grid. Held out
+    are 20 % of each class of the training rows, at least one, but never the only one, by seed."""
     order = torch.randperm(len(y), generator=common.generator(args.seed, 0, "held out"))
     y_order = y.cpu()[order]
     of_class = [order[y_order == c] for c in range(classes)]
@@ -379,8 +375,6 @@ def write_features(args, data, backbone, h=None):
 def embedding_picture(args, h, labels, names, most=4000):
     """The PNG of --embedding: features h (N, D), L2-normalized, on their two first principal
     components, at most `most` points, drawn by seed. labels (N,), -1: none, gray."""
-    if common.rank() > 0:
-        return
     if (plt := common.pyplot()) is None:
         raise common.RunFailed("--embedding needs matplotlib")
     x = F.normalize(h.double().cpu(), dim=1)
@@ -414,19 +408,6 @@ def embedding_picture(args, h, labels, names, most=4000):
     common.atomic_write(Path(args.embedding),
                         lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)
-
-
-def save_files(args, data, backbone, h, fc, names):
-    """Write what --save, --features and --embedding ask for; h: (train, test) features or None."""
-    if args.features:
-        write_features(args, data, backbone, h)
-    if args.embedding:
-        h_test = h[1] if h else common.extract_features(backbone, data, data.test)
-        embedding_picture(args, h_test, data.test.columns[args.label], names)
-    if args.save and common.rank() == 0:
-        weights = {**backbone.state_dict(), **{f"fc.{k}": x for k, x in fc.items()}}
-        common.atomic_write(Path(args.save), lambda file: torch.save(
-            {k: x.cpu().contiguous() for k, x in weights.items()}, file))
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -471,9 +452,18 @@ def evaluate(args, checkpoint):
         h = [common.extract_features(backbone, data, t) for t in (data.train, data.test)]
     if args.mode == "fast":
         results = evaluate_features(args, data, h, len(names), device)
-    save_files(args, data, backbone, h, results.pop("fc", {}), names)
+    weights = backbone.state_dict() | {f"fc.{k}": x for k, x in results.pop("fc", {}).items()}
+    if args.features:
+        write_features(args, data, backbone, h)
+    if args.embedding:
+        h_test = h[1] if h else common.extract_features(backbone, data, data.test)
     if common.rank() > 0:
         return
+    if args.embedding:
+        embedding_picture(args, h_test, data.test.columns[args.label], names)
+    if args.save:
+        common.atomic_write(Path(args.save), lambda file: torch.save(
+            {k: x.cpu().contiguous() for k, x in weights.items()}, file))
     protocol = args.protocol or (f"recipe {args.recipe}" if results else "none, features only")
     print(f"protocol: {protocol}; {common.source(args)}, column {args.label}: {len(names)} "
           f"classes, {len(data.train)} training and {len(data.test)} test images")
