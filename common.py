@@ -131,7 +131,9 @@ def _lost_worker(error):
     text = str(error).split("\n")[0].strip()
     limits = ("DataLoader worker (pid", "Too many open files", "shared memory", "ancillary data")
     if getattr(error, "errno", None) != errno.EMFILE and not any(word in text for word in limits):
-        raise error
+        if getattr(error, "filename", None) is None:
+            raise error
+        return RunFailed(f"{error.filename}: {error.strerror}", alone=True)
     # a loader that is only half made lacks this, and would print a traceback when it is freed
     loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     loader._workers_status = collections.defaultdict(bool)
@@ -420,6 +422,7 @@ MEAN_STD = {  # channel mean and standard deviation; other data sets use ImageNe
 SKIPPED = re.compile(r"[.#$@]|__MACOSX$|lost\+found$", re.I)  # what systems and tools leave
 SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|eval|dev)"
                    r"([-_ .]?(set|data|split|images|imgs))?[-_ .]?\d*", re.I)
+SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|valid|test)(ing|idation)?(?![a-z])", re.I)
 LAYOUT = ("; the layout is DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg (or test/), or "
           "DIR/<class>/*.jpg without a split, and --data-dir names DIR")
 MEMBER = re.compile(r"(.+\.tar):(\d+):(\d+)", re.S)  # file in a tar archive: offset and size
@@ -608,7 +611,8 @@ def share_names(train, test):
     """
     for column in train.classes.keys() | test.classes.keys():
         names, why = train.classes.get(column), None
-        place = {name: i for i, name in enumerate(names or ())}
+        counts = collections.Counter(names)
+        place = {name: i for i, name in enumerate(names or ()) if counts[name] == 1}
         for table in (train, test):
             ids, own = table.columns.get(column), table.classes.get(column)
             if ids is None or names == []:  # nothing to compare with: no training row has a value
@@ -617,7 +621,8 @@ def share_names(train, test):
                 why = f"column {column} has names in one of {train.source} and {test.source} only"
                 break
             # -2: not in the training table; the last entry is that of -1, unlabelled
-            new = torch.tensor([*(place.get(name, -2) for name in own), -1])
+            new = torch.tensor([*(range(len(own)) if own == names else
+                                  (place.get(name, -2) for name in own)), -1])
             new = new[ids.clamp(min=-1).where(ids < len(own), torch.tensor(-1))]
             beyond = ids >= len(own)
             if len(bad := ((new == -2) | beyond).nonzero()):
@@ -625,7 +630,8 @@ def share_names(train, test):
                 value = int(ids[row]) if beyond[row] else own[ids[row]]
                 why = (f"{table.source}, row {int(table.index[row])}: class {value} of column "
                        f"{column} " + ("has no name" if beyond[row] else
-                                       f"does not occur in the training file {train.source}"))
+                                       "does not occur" if not counts[value] else "occurs twice")
+                       + f" in the training file {train.source}" * (not beyond[row]))
                 break
             table.columns[column], table.classes[column] = new, names
         if why:
@@ -805,7 +811,7 @@ def list_images(folder, skipped):
         if entry.is_dir():
             if not real.startswith(os.path.realpath(entry.path) + os.sep):  # a link to a parent
                 paths += list_images(entry.path, skipped)
-        elif ending in image_endings():
+        elif ending in image_endings() and entry.is_file():  # no pipe
             paths.append(entry.path)
         else:
             skipped[ending or "files without ending"] += 1
@@ -866,7 +872,9 @@ def _folder(args):
             raise BadInput(f"--classes {args.classes}: no folder in {base} for {missing[:3]}")
         names = wanted
     if base == root:
-        if splits := [name for name in names if SPLIT.fullmatch(name)]:
+        bare = [SPLIT_WORD.sub("", name) for name in names]  # seg_train and seg_test are splits
+        if splits := [name for name, rest in zip(names, bare)
+                      if SPLIT.fullmatch(name) or name != rest and bare.count(rest) > 1]:
             raise BadInput(f"{root} holds {splits[0]}/ and no train/{LAYOUT}")
         table = folder_table(root, names)
         counts = table.columns["label"].unique(return_counts=True)[1]
@@ -958,6 +966,8 @@ def csv_table(root, file):
     fields = dict(zip(names[numbered:], zip(*(row[numbered:] for row in rows)))) | {"": index}
     columns, classes, paths = {}, {}, fields.pop("path")
     for name, values in fields.items():
+        if name:  # "" is the index
+            values = ["" if v in ("-1", "-1.0") else v for v in values]
         texts = [i for i, v in enumerate(values) if (v or not name) and not INTEGER.fullmatch(v)]
         if not texts:
             columns[name] = torch.tensor([int(v.split(".")[0]) if v else -1 for v in values])
@@ -1122,8 +1132,10 @@ def shard_table(shards):
     counts = [len(part["offset"]) for part in parts]
     lost = [f"{shard}: {text}" for shard, part in zip(shards, parts) for text in part["lost"]]
     notes = _dropped(shards[0].parent, lost, sum(counts) + len(lost), "pairs left out", "shards")
-    if not (n := sum(counts)):
-        raise BadInput(f"{shards[0]} holds no image with a caption")
+    if 0 in counts:
+        raise BadInput(f"{shards[counts.index(0)]} holds no image with a caption: fetch it again, "
+                       "or remove it")
+    n = sum(counts)
     captions = Texts(())
     captions.data = np.concatenate([part["text"] for part in parts])
     captions.ends = np.cumsum(np.concatenate([[0], *(part["length"] for part in parts)]))
@@ -1141,7 +1153,7 @@ def shard_index(shard):
     stamp = np.array([about.st_size, about.st_mtime_ns])
     with contextlib.suppress(Exception), np.load(cache) as known:  # absent, broken: written anew
         if np.array_equal(known["stamp"], stamp):
-            return dict(known)
+            return {key: known[key] for key in ("offset", "size", "text", "length", "lost")}
     members, pairs, lost = {}, [], []
     with reading(f"shard {shard}"), open(shard, "rb") as file:
         with tarfile.open(fileobj=file, mode="r:") as tar:

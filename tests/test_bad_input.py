@@ -423,6 +423,7 @@ def test_npz_offsets_of_another_kind(refused, pack, tmp_path, change):
 @pytest.mark.parametrize(("counts", "words"), [
     ({"Train/cat": 5, "Test/cat": 5}, ["Test/ and no train/", "DIR/train/<class>"]),
     ({"training/cat": 5, "validation/cat": 5}, ["training/ and no train/"]),
+    ({"seg_train/cat": 5, "seg_test/cat": 5, "seg_pred": 5}, ["seg_test/ and no train/"]),
     ({"train2017": 5, "val2017": 5}, ["train2017/ and no train/"]),
     ({"images/cat": 5, "images/dog": 5}, ["images holds the folder"]),
     ({"set/train/cat": 5, "set/val/cat": 5}, ["set holds the folder train/"]),
