@@ -257,35 +257,33 @@ def curves(args, protocol, done, panels, file):
     import matplotlib.pyplot as plt
 
     keep = ROOT / "results" / args.set
+    logs = {row[0]: [records(keep, row, seed) for seed in args.seeds
+                     if (keep / f"{slug(row)}-{seed}.jsonl").exists()] for row in done if row[2]}
+    panels = {name: title for name, title in panels.items()
+              if any(name in r for of_row in logs.values() for log in of_row for r in log)}
+    if not panels:
+        return
     figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(7 * len(panels), 5))
     for axis, (name, title) in zip(axes[0], panels.items(), strict=True):
-        for i, row in enumerate(done):
-            if not row[2]:
-                continue
-            steps = None  # an epoch, from the lines that have both
+        for i, (row, of_row) in enumerate(logs.items()):
             for key, style in ((name, "-"), ("random" if name == "purity" else None, "--")):
                 values = {}  # epoch -> values of the seeds
-                for seed in args.seeds:
-                    if not (keep / f"{slug(row)}-{seed}.jsonl").exists():
-                        continue
-                    log = records(keep, row, seed)
-                    steps = steps or next(r["step"] / r["epoch"] for r in log if "epoch" in r)
+                for log in of_row:
+                    steps = next(r["step"] / r["epoch"] for r in log if "epoch" in r)
                     for r in log:
-                        if key in r and ("epoch" not in r or r["epoch"] == int(r["epoch"])):
+                        if key in r and r.get("epoch", 0) % 1 == 0:
                             values.setdefault(r["step"] / steps, []).append(r[key])
                 if len(values) > 1:
-                    x = sorted(values)
-                    axis.plot(x, [statistics.mean(values[e]) for e in x], style, color=f"C{i % 10}",
+                    x, y = zip(*sorted(values.items()))
+                    axis.plot(x, [statistics.mean(v) for v in y], style, color=f"C{i % 10}",
                               marker="o" * (name == "knn_top1"), ms=3,
-                              label=row[0] if style == "-" else None,
-                              alpha=1 if style == "-" else 0.5)
-                    axis.fill_between(x, [min(values[e]) for e in x], [max(values[e]) for e in x],
+                              label=row if style == "-" else None, alpha=1 if style == "-" else 0.5)
+                    axis.fill_between(x, [min(v) for v in y], [max(v) for v in y],
                                       color=f"C{i % 10}", alpha=0.15)
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "results" / file, dpi=110)
     plt.close(figure)
