@@ -1730,10 +1730,8 @@ def sample_params(aug, n, generator):
 
 def plan_chunks(params, aug, image_size, device):
     """What the device needs to apply the params of n views: a dict for each chunk of them.
-
     Views are sorted by when their hue is shifted. `row` is their number, `end` how many have
-    shifted it after each step. image_size: (H, W), or None if workers cropped the images.
-    """
+    shifted it after each step. image_size: (H, W), or None if workers cropped the images."""
     hue_at = (params["order"] == 3).int().argmax(1).masked_fill(~params["jitter"], 4)
     hue_at, row = hue_at.sort(stable=True)  # the order of rows that _jitter wants
     p = {key: value[row] for key, value in params.items()}
@@ -2509,10 +2507,8 @@ FREE_FLAGS = ("out", "data_dir", "download", "workers", "threads", "picture", "k
 def resume(state, args):
     """Open the run folder as its one writer: continue from its checkpoint, or begin with an empty
     log, whose `lines` is then 1. Returns: the number of steps done.
-
-    Errors: BadInput on all processes if the folder holds a run with other flags or data (named) or
-    a broken checkpoint, if another process writes to it, or if the processes differ.
-    """
+    BadInput on all processes if the folder holds a run with other flags or data or a broken
+    checkpoint, if another process writes to it, or if the processes differ."""
     log = state["log"]
     try:
         if rank() == 0:
@@ -2924,8 +2920,10 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * right[:, :k].any(1).double().mean().item() for k in topk]
 
 
-def results_path(args):
-    """Path of the results; BadInput if it cannot be written or holds those of another run."""
+def start_evaluation(args, checkpoint):
+    """What every evaluation begins with. Returns: record, a dict of what is known about the run;
+    path of the results; device; the backbone there; lines that describe it. BadInput if the path
+    cannot be written or holds the results of another run."""
     folder = Path(args.checkpoint).parent
     if args.checkpoint == "none":
         folder = Path(f"runs/untrained-{args.arch}-{args.dataset}-seed{args.seed}")
@@ -2947,13 +2945,6 @@ def results_path(args):
         if changed:
             raise BadInput(f"{path} holds results with other flags ({', '.join(changed)}); use "
                            "another --out")
-    return path
-
-
-def start_evaluation(args, checkpoint):
-    """What every evaluation begins with. Returns: record, a dict of what is known about the run;
-    path of the results; device; the backbone there; lines that describe it."""
-    path = results_path(args)
     ours, script = checkpoint if checkpoint.get("format") == 1 else {}, f"{args.method}.py"
     record = dict(script=script, command=shlex.join([script, *args.argv]), seconds=time.time(),
                   checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),

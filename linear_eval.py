@@ -153,10 +153,8 @@ def subset_rows(table, args):
 
 def standardizer(x):
     """Function (x, rows, device) -> (b, D + 1) float32: standardized rows, and a 1 for the bias.
-
     Over x (N, D) a row has mean 0 and mean square norm 1: learning rates do not depend on D. It
-    takes a batch at a time, as ImageNet's features do not fit on a GPU.
-    """
+    takes a batch at a time, as ImageNet's features do not fit on a GPU."""
     sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     for block in x.split(2 ** 16):
         sums += torch.stack([block.double().sum(0), block.double().square().sum(0)])
@@ -336,10 +334,8 @@ def retrieval_picture(path, args, data, h, names, queries=8, near=8):
 
 def write_features(args, data, backbone, h=None):
     """The npz of --features: `train_` and `test_` features (N, D), rows (of the source), labels
-    (-1: none) and paths (of files, below --data-dir), and classes, the names of the labels.
-
-    Written by PART rows at a time, which all processes compute, or from h, (train, test).
-    """
+    (-1: none) and paths (of files, below --data-dir), and classes, the names of the labels. All
+    processes compute PART rows at a time, unless h (train, test) has them."""
     def write_parts(table, x, write):
         for rows in torch.arange(len(table)).split(PART):
             part = x[rows.to(x.device)] if h else common.extract_features(
