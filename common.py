@@ -127,7 +127,7 @@ def run(train, parser, argv=None):
 
 def _lost_worker(error):
     """RunFailed if the error, which torch raises anywhere in the main process, tells of a lost
-    DataLoader worker or of a limit of the system. Any other error is raised again."""
+    DataLoader worker, a limit of the system or a file. Any other error is raised again."""
     text = str(error).split("\n")[0].strip()
     limits = ("DataLoader worker (pid", "Too many open files", "shared memory", "ancillary data")
     if getattr(error, "errno", None) != errno.EMFILE and not any(word in text for word in limits):
@@ -2414,7 +2414,7 @@ def _find_resnet(weights, arch, stem):
                 absent = [k for k in ours if k not in fits and "num_batches" not in k]
                 extra = [k for k in own if k.startswith("layer") and k not in ours]
                 copy = re.search(  # ties: not the slow one of two networks
-                    "(?<![a-z])(k|m|ema|avg|swa)(?![a-z])|key|momentum|target|teacher|average|mean",
+                    "(?<![a-z])(k|m|ema|avg|swa|slow)(?![a-z])|key|momentum|target|teacher|averag|mean",
                     re.sub("(?<=[a-z])(?=[A-Z])", "_", p).lower())
                 score = -len(absent) - len(extra), not copy
                 if fits and (best is None or score > best[0]):
@@ -3145,6 +3145,8 @@ class Parser(argparse.ArgumentParser):
         """Flags over recipe over defaults; checks the shared ones."""
         argv = sys.argv[1:] if argv is None else list(argv)
         given = self.parse_known_args(argv)[0]
+        if empty := [k for k, v in vars(given).items() if v == "" and k != "picture"]:
+            raise BadInput(f"{flag_name(empty[0])} is empty: name a value, or leave the flag out")
         own = "own" in self.recipes and not given.dataset.startswith("shapes")
         name = given.recipe or ("own" if own and not vars(given).get("evaluate") else "demo")
         if name not in self.recipes:

@@ -198,3 +198,17 @@ def test_every_float_flag_is_declared_as_one():
                 isinstance(a.default, list) and any(isinstance(x, float) for x in a.default))
             assert a.type is float or not number, a.dest
     assert argparse  # the parsers are argparse's
+
+
+@pytest.mark.parametrize("flag", ["--init", "--out", "--recipe", "--train-file"])
+def test_empty_values_are_refused(flag):
+    """A shell variable that is not set gives an empty word, which is not the same as no flag."""
+    with pytest.raises(common.BadInput, match=f"{flag} is empty"):
+        parse("clinfonce", flag, "")
+
+
+def test_a_name_that_is_too_long(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        clinfonce.main(["--out", str(tmp_path / ("x" * 300))])
+    text = capsys.readouterr().err
+    assert stop.value.code == 1 and text.count("\n") == 1 and "xxx: File name too long" in text

@@ -181,6 +181,7 @@ def test_every_format_gives_the_same_network(name, tmp_path):
     ("keyEncoder.", "queryEncoder."), ("encoder_k.", "encoder_q."), ("ema.", "net."),
     ("ema_model.module.", "model.module."), ("momentum_encoder.", "base_encoder."),
     ("target_encoder.net.", "online_encoder.net."), ("teacher.backbone.", "student.backbone."),
+    ("slow_net.", "fast_net."),
     ("model_ema.", "model."), ("netK.", "netQ."), ("encoder.k.", "encoder.q.")])
 @pytest.mark.parametrize("nested", [False, True])
 def test_of_two_networks_the_trained_one_is_taken(slow, fast, nested):
