@@ -39,6 +39,7 @@ other processors); c100-small 160 CPU seconds, 1.2 GB. The results are in result
 recipes have not been run at full length yet.
 """
 import argparse
+import json
 
 import torch
 import torch.nn.functional as F
@@ -324,7 +325,7 @@ def auxiliary_ids(table, args):
 
 def _hierarchy_ids(table, args, name):
     """Ids (N,) int64: the group of each row's class, -1 for rows without a label."""
-    tree = common.read_json(f"--hierarchy {args.hierarchy}", args.hierarchy)
+    tree = common.read_text(f"--hierarchy {args.hierarchy}", args.hierarchy, json.loads)
     try:
         groups = hierarchy_groups(tree, int(name.removeprefix("level_")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -425,6 +425,9 @@ SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|eval|dev)
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|valid|test)(ing|idation)?(?![a-z])", re.I)
 LAYOUT = ("; the layout is DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg (or test/), or "
           "DIR/<class>/*.jpg without a split, and --data-dir names DIR")
+IMAGE_ENDINGS = frozenset(  # of the files that Pillow reads without help
+    ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN
+    and name not in ("EPS", "WMF", "MPEG", "GRIB", "BUFR", "HDF5", "FITS"))
 MEMBER = re.compile(r"(.+\.tar):(\d+):(\d+)", re.S)  # file in a tar archive: offset and size
 
 
@@ -448,16 +451,10 @@ def encoding_of(path):
         return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
-def read_text(name, path):
-    """Text of a file without its byte order mark; `name` names it in the BadInput."""
+def read_text(name, path, parse=str):
+    """What `parse` makes of the text of a file without its byte order mark; BadInput names it."""
     with reading(name):
-        return Path(path).read_text(encoding_of(path))
-
-
-def read_json(name, path):
-    """Value of a JSON file; `name` names it in the BadInput."""
-    with reading(name):
-        return json.loads(read_text(name, path))
+        return parse(Path(path).read_text(encoding_of(path)))
 
 
 def read_names(flag, path, known):
@@ -474,21 +471,11 @@ def read_names(flag, path, known):
     return sorted(set(wanted))
 
 
-@functools.cache
-def image_endings():
-    """Endings of the image files that Pillow reads without help, such as ".png"."""
-    others = ("EPS", "WMF", "MPEG", "GRIB", "BUFR", "HDF5", "FITS")
-    return frozenset(ending for ending, name in Image.registered_extensions().items()
-                     if name in Image.OPEN and name not in others)
-
-
 def open_image(file):
     """RGB image of PIL from a path, a path of `Members` or a binary file.
 
-    As torchvision does, it takes the first frame and ignores the orientation in EXIF. Of 16 bits
-    a channel it takes the upper 8.
-    Raises: what Pillow raises for a broken file; ValueError for 12 bits, 32 bits and fractions,
-    whose range is not known.
+    As in torchvision, it is the first frame, and EXIF's orientation is ignored. 16 bits become 8.
+    Raises: what Pillow raises; ValueError for 12 or 32 bits and fractions, of unknown range.
     """
     if isinstance(file, str) and (member := MEMBER.fullmatch(file)):
         with open(member[1], "rb") as shard:
@@ -623,8 +610,7 @@ def share_names(train, test):
             # -2: not in the training table; the last entry is that of -1, unlabelled
             new = torch.tensor([*(range(len(own)) if own == names else
                                   (place.get(name, -2) for name in own)), -1])
-            new = new[ids.clamp(min=-1).where(ids < len(own), torch.tensor(-1))]
-            beyond = ids >= len(own)
+            new, beyond = new[ids.clamp(-1, len(own) - 1)], ids >= len(own)
             if len(bad := ((new == -2) | beyond).nonzero()):
                 row = int(bad[0])
                 value = int(ids[row]) if beyond[row] else own[ids[row]]
@@ -801,17 +787,15 @@ def _entries(folder, skipped):
 
 
 def list_images(folder, skipped):
-    """Paths of the images below a folder, in order. As in torchvision, it follows linked folders.
-
-    skipped: Counter of what was passed over, hidden entries and endings, for `skipped_notes`.
-    """
+    """Paths of the images below a folder and the folders that it links to, in order; the Counter
+    `skipped` counts what was passed over, hidden entries and endings, for `skipped_notes`."""
     paths, real = [], os.path.realpath(folder) + os.sep
     for entry in _entries(folder, skipped):
         ending = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir():
             if not real.startswith(os.path.realpath(entry.path) + os.sep):  # a link to a parent
                 paths += list_images(entry.path, skipped)
-        elif ending in image_endings() and entry.is_file():  # no pipe
+        elif ending in IMAGE_ENDINGS and entry.is_file():  # no pipe
             paths.append(entry.path)
         else:
             skipped[ending or "files without ending"] += 1
@@ -857,8 +841,7 @@ def _folder(args):
     """ImageFolder layout: DIR/train/<class>/*.jpg and DIR/val (or test)/<class>/*.jpg.
 
     Without DIR/train, DIR itself holds the class folders (or unlabelled images), and every fifth
-    image of a class is held out. --classes FILE names the class folders to use, one on each line
-    or all on one line. Hidden files and those that Pillow does not read are counted in a note.
+    image of a class is held out. --classes FILE names the class folders to use, see `read_names`.
     """
     root = Path(args.data_dir)
     if not root.is_dir():
@@ -1009,15 +992,16 @@ def _captions(args):
 
 def caption_files(source):
     """The files that a --train-file names: one, a0 to a9 for a{0..9}, or all .tar of a folder."""
-    files, braces = [source], re.search(r"\{(\d+)\.\.(\d+)\}", str(source))
+    files = [source]
     if source.is_dir():
-        files = sorted(source.glob("*.tar"))
-    elif braces:
+        files = sorted(source.glob("*.tar")) or [source / "*.tar"]
+    elif braces := re.search(r"\{(\d+)\.\.(\d+)\}", str(source)):
         first, last = braces.groups()
         files = [Path(str(source).replace(braces[0], f"{i:0{len(first)}}"))
                  for i in range(int(first), int(last) + 1)]
-    if missing := [file for file in files or [source / "*.tar"] if not file.is_file()]:
-        raise BadInput(f"caption file {missing[0]} not found")
+    for file in files or [source]:
+        if not file.is_file():
+            raise BadInput(f"caption file {file} not found")
     return files
 
 
@@ -1025,11 +1009,10 @@ def captions_table(root, file, image_root=""):
     """Read image-caption pairs into a Table of paths: one row for each caption.
 
     JSON: a list of {"image": path, "caption": text or list of texts, "image_id": any, optional};
-    CSV, TSV or Parquet: columns image (or filepath, path), caption (or title), image_id
-    (optional), or what img2dataset writes beside its folders of files; .tar: see `shard_table`.
-    The content tells which. Paths are below root/image_root. Column `image_id`: ids from 0 in order
-    of first appearance, of the path if there is no image_id. `label` is -1. Pairs without image or
-    text are dropped.
+    CSV, TSV or Parquet: columns image (or filepath, path), caption (or title), image_id (optional),
+    or what img2dataset writes beside its folders of files; .tar: see `shard_table`. Paths are below
+    root/image_root. Column `image_id`: ids from 0 in order of appearance, of the path if there is
+    no image_id. `label` is -1. Pairs without image or text are dropped.
     Errors: BadInput naming the file, the entry (from 0) and the key, or if it drops over 1 %.
     """
     sources, folder = caption_files(Path(root) / file), Path(root) / image_root
@@ -1062,9 +1045,8 @@ def captions_table(root, file, image_root=""):
 
 def _caption_fault(text):
     """Why a caption cannot be used, or None."""
-    if not text.strip():
-        return "empty"
-    return "no Unicode" if re.search("[\ud800-\udfff]", text) else None
+    surrogate = re.search("[\ud800-\udfff]", text)
+    return "no Unicode" if surrogate else None if text.strip() else "empty"
 
 
 def _caption_entries(source):
@@ -1075,7 +1057,7 @@ def _caption_entries(source):
     if start not in ("[", "{"):
         yield from _caption_rows(source)
         return
-    entries = read_json(f"caption file {source}", source)
+    entries = read_text(f"caption file {source}", source, json.loads)
     if not isinstance(entries, list):
         raise BadInput(f"{source} is a JSON {type(entries).__name__}, not a list; COCO's own files "
                        '(images, annotations) are not read as they are: write one {"image": '
@@ -1119,9 +1101,8 @@ def shard_table(shards):
     """Table of the pairs in tar archives as img2dataset writes them (WebDataset): each has an
     image, a .txt or else the `caption` of a .json, under one name with several endings.
 
-    Nothing is unpacked: `paths` says where each image lies (see `Members`). The headers of an
-    archive are read once; SHARD.tar.index.npz beside it keeps what they say while its size and
-    time stay the same. The processes share the shards.
+    Nothing is unpacked; see `Members`. The headers of a shard are read once, by one process, and
+    kept in SHARD.tar.index.npz beside it until its size or time changes.
     """
     for shard in progress(shards[rank()::world()], desc="indexing shards", delay=5):
         with contextlib.suppress(BadInput):  # for all processes below
@@ -1172,7 +1153,7 @@ def shard_index(shard):
             return file.read(place[1]).decode("utf-8-sig")
 
         for name, of in members.items():
-            place = next((of[ending] for ending in of if ending in image_endings()), None)
+            place = next((of[ending] for ending in of if ending in IMAGE_ENDINGS), None)
             try:
                 text = content(of[".txt"]) if ".txt" in of else json.loads(
                     content(of[".json"]))["caption"] if ".json" in of else ""
