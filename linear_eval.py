@@ -118,7 +118,20 @@ def load_labelled(args, device):
         tables[-1].columns[args.label] = torch.searchsorted(ids, table.column(args.label)[rows])
     train, test = tables
     if args.subset:
-        train = train.select(subset_rows(train, args))
+        rows = {str(i): row for row, i in enumerate(train.index.tolist())}  # what a line may name
+        for row, image in enumerate(train.paths or []):
+            name = os.path.basename(image)
+            rows[name] = None if name in rows else row  # None: two images of that name
+            rows[os.path.relpath(image, args.data_dir)] = row
+        text = common.read_text(f"--subset {args.subset}", args.subset)
+        lines = [s.strip() for s in text.split("\n")]
+        for number, name in enumerate(lines, 1):
+            if name and rows.get(name) is None:
+                raise common.BadInput(f"--subset {args.subset}, line {number}: {name!r} names no "
+                                      "labelled training image, or two: write its whole path")
+        if not any(lines):
+            raise common.BadInput(f"--subset {args.subset} names no image")
+        train = train.select(torch.tensor([rows[name] for name in lines if name]).unique())
     elif args.fraction is not None:
         n = int(args.fraction * len(train) + 1e-9)  # rounded down: 12,811 of ImageNet
         if n < len(ids):
@@ -128,24 +141,6 @@ def load_labelled(args, device):
     names = whole.train.classes.get(args.label) or range(int(ids.max()) + 1)
     data = common.Data(train, test, any_size if args.mode == "fast" else args, device)
     return data, [str(names[i]) for i in ids.tolist()], notes
-
-
-def subset_rows(table, args):
-    """Rows that --subset names, one a line: file name, path below --data-dir, or row number."""
-    rows = {str(i): row for row, i in enumerate(table.index.tolist())}
-    for row, path in enumerate(table.paths or []):
-        name = os.path.basename(path)
-        rows[name] = None if name in rows else row  # None: two images of that name
-        rows[os.path.relpath(path, args.data_dir)] = row
-    text = common.read_text(f"--subset {args.subset}", args.subset)
-    names = [s.strip() for s in text.split("\n")]
-    for number, name in enumerate(names, 1):
-        if name and rows.get(name) is None:
-            raise common.BadInput(f"--subset {args.subset}, line {number}: {name!r} names no "
-                                  "labelled training image, or two: write its whole path")
-    if not any(names):
-        raise common.BadInput(f"--subset {args.subset} names no image")
-    return torch.tensor([rows[name] for name in names if name]).unique()
 
 
 # ---------------------------------------------------------------------------------- fast probe
