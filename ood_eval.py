@@ -215,7 +215,8 @@ def load_inliers(args, device):
 
 def load_outliers(text, args, device):
     """Name and common.Table of one value of --outliers."""
-    name, _, file = text.rpartition("=")
+    name, _, file = text.partition("=")
+    name = name if file else ""
     others = [s for s in ("shapes", "cifar10", "cifar100", "stl10")
               if s != args.dataset.partition("-")[0]]  # the test images of shapes-views are shapes
     path = Path(args.data_dir) / file

@@ -374,6 +374,8 @@ NONE = [*MACHINE, "--checkpoint", "none"]
     (["--outliers", "shapes"], ["--outliers shapes: write unseen, another data set (cifar10,"]),
     (["--dataset", "shapes-views", "--outliers", "shapes"], ["--outliers shapes: write unseen"]),
     (["--outliers", "x=no.npz"], ["no.npz not found"]),
+    (["--outliers", "x=k=3/no.npz"], ["k=3/no.npz not found"]),
+    (["--outliers", "x="], ["--outliers x=: write unseen"]),
     (["--outliers", "x=folder"], ["--outliers x=folder: ", "neither a folder nor an npz pack"]),
     (["--outliers", "cifar10", "--data-dir", "nowhere"], ["--dataset cifar10", "nowhere"]),
     (["--outliers", "unseen", "unseen"], ["two sets of one name"]),
