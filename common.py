@@ -706,8 +706,7 @@ def npz_table(path, test=None):
     Columns: `labels` becomes `label`, `coarse_labels` `coarse`; `attributes` (N, A) with
     `attribute_names` becomes A columns; other integer arrays of length N keep their names.
     Value names: `classes`, `coarse_classes`, `values_<column>`.
-    test: None = all rows; False / True = the rows with `is_test` 0 / 1.
-    Errors: BadInput with the file and row for a broken image or images of unequal size.
+    test: None = all rows; False / True = the rows with `is_test` 0 / 1. Errors: BadInput.
     """
     with reading(f"npz pack {path}"):
         with np.load(path, allow_pickle=False) as pack:
@@ -815,9 +814,7 @@ def class_folders(folder):
 
 def folder_table(folder, names):
     """Table of the images in the class folders `names`, or in the folder itself if there are none.
-
-    Errors: BadInput if a class folder has no image, or looks like a folder of class folders.
-    """
+    BadInput if a class folder has no image, or looks like a folder of class folders."""
     paths, labels, skipped = [], [], collections.Counter()
     if names:
         skipped["files beside the class folders"] = sum(
@@ -920,10 +917,8 @@ def read_rows(source):
 
 
 def _csv(args):
-    """Images named in a CSV."""
-    root = Path(args.data_dir)
-    return (csv_table(root, args.train_file or "meta_data_train.csv"),
-            csv_table(root, args.test_file or "meta_data_val.csv"))
+    files = args.train_file or "meta_data_train.csv", args.test_file or "meta_data_val.csv"
+    return tuple(csv_table(Path(args.data_dir), file) for file in files)
 
 
 def csv_table(root, file):
