@@ -2390,7 +2390,8 @@ def _find_resnet(weights, arch, stem):
                 absent = [k for k in ours if k not in fits and "num_batches" not in k]
                 extra = [k for k in own if k.startswith("layer") and k not in ours]
                 copy = re.search(  # ties: not the slow one of two networks
-                    "(?<![a-z])(k|m|ema|avg|swa|slow)(?![a-z])|key|momentum|target|teacher|averag|mean",
+                    "(?<![a-z])(k|m|ema|avg|swa|slow)(?![a-z])|"
+                    "key|momentum|target|teacher|averag|mean",
                     re.sub("(?<=[a-z])(?=[A-Z])", "_", p).lower())
                 score = -len(absent) - len(extra), not copy
                 if fits and (best is None or score > best[0]):
