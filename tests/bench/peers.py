@@ -6,7 +6,8 @@
 memory  One step of SimCLR: 32-pixel images in memory, very small ResNet, batch 256, SGD.
 files   The data alone: two augmented views, 224 pixels, of JPEGs of 500 x 375, batch 128.
 
-ours         common.Data and common.augment, loss of clinfonce.py; 2 readers of files
+ours         common.Data and common.augment, loss of clinfonce.py; 2 readers of files. `readers
+             alone` leaves out what a GPU does in training: flip, jitter, grayscale, normalization
 lightly      its SimCLRTransform and NTXentLoss, in torch's DataLoader
 torchvision  two crops by its transforms of PIL images, in torch's DataLoader; our loss
 
@@ -82,13 +83,14 @@ def peer_batches(images, transform, batch, workers):
     return iter(torch.utils.data.DataLoader(data, batch, sampler=order, num_workers=workers))
 
 
-def our_batches(images, size, batch, workers):
-    """Batches of two views of a `common.Table`, (2, b, 3, S, S), without end."""
+def our_batches(images, size, batch, workers, view=common.augment):
+    """Batches of two views of a `common.Table`, (2, b, 3, S, S), without end. view: function of
+    what `Data.batches` yields."""
     args = common.Parser("clinfonce", "", {"demo": VIEWS}).parse_args(
         ["--batch-size", str(batch), "--image-size", str(size), "--workers", str(workers),
          "--dataset", "folder", "--channels-last"])
     data = common.Data(images, images, args, torch.device("cpu"))
-    return (common.augment(b) for b in data.batches(0, 10 ** 9, common.augmentation(args)))
+    return (view(b) for b in data.batches(0, 10 ** 9, common.augmentation(args)))
 
 
 def trainer(loss):
@@ -148,6 +150,9 @@ def contenders(kind, folder, toy=False):
         return lambda: peer_batches(theirs, transform(size), batch, n)
 
     found = {"ours": (lambda: our_batches(ours, size, batch, 2), step(lambda: our_loss))}
+    if kind == "files":
+        found["ours, readers alone"] = (
+            lambda: our_batches(ours, size, batch, 2, view=lambda b: b.images), step(None))
     for name, transform, loss in (("lightly", lightly_views, lightly_loss),
                                   ("torchvision", torchvision_views, lambda: our_loss)):
         for n in workers:
@@ -180,9 +185,7 @@ def main(argv=None):
                     value = speed(batches(), step(), batch, args.seconds)
                     result.setdefault(name, []).append(value)
                     print(f"{kind:8s} {name:24s} {value:8.0f} images/s", flush=True)
-    lines = [f"{environment['device']}, {environment['threads']} threads; " + ", ".join(
-        f"{k} {v}" for k, v in environment["versions"].items()) + "; tests/bench/peers.py", "",
-        "| | | images/s, median | rounds | ours / this |", "|---|---|---|---|---|"]
+    lines = ["| | | images/s, median | rounds | ours / this |", "|---|---|---|---|---|"]
     for kind, result in rounds.items():
         ours = statistics.median(result["ours"])
         for name, values in result.items():
