@@ -83,7 +83,9 @@ class RunFailed(Exception):
 
 _open = contextlib.ExitStack()  # of this run: progress bars, signal handlers, the folder's lock
 _locks = []  # file descriptor of the run folder, if this process writes to one
-_signal = dict(asked=0, agreed=False)  # SIGTERM, Ctrl-C: seen by this rank; known to all ranks
+SIGNALS = (signal.SIGTERM, signal.SIGINT,  # they end a run, which is saved; nohup ignores SIGHUP
+           *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
+_signal = dict(asked=0, agreed=False)  # one of SIGNALS: seen by this rank; known to all ranks
 _saved = [True]  # whether there is a checkpoint of this run
 
 
@@ -143,7 +145,7 @@ def _lost_worker(error):
 
 
 def _ask(number, _):
-    """Handle SIGTERM and Ctrl-C: save and stop after this step. A second Ctrl-C ends at once, but
+    """Handle SIGNALS: save and stop after this step. A second Ctrl-C ends at once, but
     not the copy of the first that torchrun sends."""
     if number == signal.SIGINT and _signal["asked"] and time.time() - _signal["time"] > 1:
         raise KeyboardInterrupt
@@ -152,7 +154,7 @@ def _ask(number, _):
 
 def _start_worker(_):
     """In a DataLoader worker: signals and the lock of the run folder belong to the main process."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     while _locks:
         os.close(_locks.pop())
@@ -223,7 +225,7 @@ def setup(args):
     _signal.update(asked=0, agreed=False)
     _saved[0] = bool(args.out) and (Path(args.out) / "checkpoint.pt").exists()
     with contextlib.suppress(ValueError):  # signals belong to the main thread
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             _open.callback(signal.signal, number, signal.signal(number, _ask))
     return device
 
@@ -1183,6 +1185,10 @@ def _inside(root, path, source, row):
 SOURCES = {"shapes": _shapes, "shapes-views": _shapes, "cifar10": _cifar, "cifar100": _cifar,
            "stl10": _stl10, "stl10-full": _stl10, "folder": _folder, "csv": _csv, "npz": _npz,
            "captions": _captions}
+FILES = {"train_file", "test_file", "image_root", "classes", "download"}
+READS = dict(shapes=set(), cifar={"download"}, stl={"download"}, folder={"classes"},  # of FILES
+             csv={"train_file", "test_file"}, npz={"train_file", "test_file"},
+             captions={"train_file", "test_file", "image_root"})
 
 
 def fingerprint(table):
@@ -1340,8 +1346,12 @@ class Data:
             collate_fn=torch.utils.data.default_convert,  # leaves tensors as they are
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None,
             worker_init_fn=_start_worker)
+        if workers and world() > 1:
+            # A fork of Python below 3.11.10 hangs if a thread of gloo or NCCL is just giving up its
+            # last tensor (CPython issue 112275): a moment after the collective it is done with it.
+            time.sleep(0.02)
         # a worker starts with these signals blocked: none can end it before _start_worker runs
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             batches = iter(loader)
         finally:
@@ -2623,7 +2633,7 @@ def summary(log, args, title, first_step, extra_lines=(), panels=()):
     if first_step == log.total:
         lines += [f"  this run was finished before; to train anew: remove {folder}, or --out NEW"]
     if should_stop():
-        cause = "Ctrl-C" if _signal["asked"] == signal.SIGINT else "SIGTERM"
+        cause = signal.Signals(_signal["asked"] or signal.SIGTERM).name.replace("SIGINT", "Ctrl-C")
         lines = [f"stopped by {cause} and saved to {folder}; run the same command to continue"]
     print_rank0("\n".join(lines))
 
@@ -3165,10 +3175,13 @@ class Parser(argparse.ArgumentParser):
             raise BadInput("--nesterov needs --momentum above 0")
         unused = dict(sgd=[], lars=["nesterov"], adamw=["nesterov", "momentum"])[args.optimizer]
         reject_unused(args, unused, f"by --optimizer {args.optimizer}")
-        if self.trains and args.dataset.startswith("shapes") and not vars(args).get("evaluate"):
-            reject_unused(args, ["data_dir", "train_file", "test_file", "image_root", "classes",
-                                 "download"], f"by --dataset {args.dataset}, which is built in: "
-                          "name another --dataset")
+        if not vars(args).get("evaluate"):  # which may take the data set of its checkpoint
+            kind = re.match("[a-z]*", args.dataset)[0]
+            unread, where = sorted(FILES - READS[kind]), f"by --dataset {args.dataset}"
+            if kind == "shapes" and self.trains:
+                unread, where = ["data_dir", *unread], (
+                    f"{where}, which is built in: name another --dataset")
+            reject_unused(args, unread, where)
         if self.trains and Path(args.out).is_file():
             raise BadInput(f"--out {args.out} is a file; name a folder")
         return args

@@ -155,8 +155,19 @@ def test_only_the_first_process_of_a_machine_speaks(capsys, monkeypatch):
     ("npz", ["p.npz not found"]),
 ])
 def test_wrong_data_dir(refused, tmp_path, dataset, words):
-    refused([*FILES, "--dataset", dataset, "--data-dir", tmp_path / "nowhere", "--train-file",
-             "p.npz" if dataset == "npz" else "meta_data_train.csv"], tmp_path / "nowhere", *words)
+    refused([*FILES, "--dataset", dataset, "--data-dir", tmp_path / "nowhere",
+             *["--train-file", "p.npz"] * (dataset == "npz")], tmp_path / "nowhere", *words)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "cifar10", "stl10-full", "folder", "csv", "npz"])
+def test_flags_of_another_data_set(refused, tmp_path, dataset):
+    values = dict(train_file="a", test_file="a", image_root="a", classes="a", download=None)
+    read = {"cifar10": ["download"], "stl10-full": ["download"], "folder": ["classes"],
+            "csv": ["train_file", "test_file"], "npz": ["train_file", "test_file"]}
+    for name in values.keys() - read.get(dataset, []):
+        flag = common.flag_name(name)
+        refused([*FILES, "--dataset", dataset, flag, *filter(None, [values[name]])],
+                f"{flag} is not used by --dataset {dataset}")
 
 
 TREE = {"train/cat": 8, "train/dog": 8, "val/cat": 2, "val/dog": 2}

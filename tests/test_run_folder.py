@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -89,6 +91,13 @@ def job_ctrl_c(folder):
     return stopped(folder, "ctrl-c", 2, signal.SIGINT, "all")
 
 
+def job_hangup(folder):
+    """The terminal is closed; SIGHUP counts even if these tests run under nohup."""
+    begin = ("import runpy, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+             "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    return stopped(folder, "hangup", 1, signal.SIGHUP, "all", ("-c", begin, "clinfonce.py"))
+
+
 def job_killed(folder):
     """SIGKILL of the process, not of its workers; the same command goes on at once, and a second
     run in the same folder does not."""
@@ -118,7 +127,8 @@ def jobs(tmp_path_factory):
     pool = concurrent.futures.ThreadPoolExecutor(2)
     try:
         yield SimpleNamespace(**{job.__name__.removeprefix("job_"): pool.submit(job, folder)
-                                 for job in (job_torchrun, job_everybody, job_ctrl_c, job_killed)})
+                                 for job in (job_torchrun, job_everybody, job_ctrl_c, job_hangup,
+                                             job_killed)})
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         stop_started()
@@ -477,18 +487,27 @@ def test_a_bar_is_closed_before_any_message(capsys):
 # ------------------------------------------------------------------ the processes
 
 
-@pytest.mark.parametrize("name", ["torchrun", "everybody", "ctrl_c"])
-def test_signals_save_with_workers(jobs, name):
+@pytest.mark.parametrize(("name", "cause"), [
+    ("torchrun", "SIGTERM"), ("everybody", "SIGTERM"), ("ctrl_c", "Ctrl-C"), ("hangup", "SIGHUP")])
+def test_signals_save_with_workers(jobs, name, cause):
     run = getattr(jobs, name).result()
-    cause = "Ctrl-C" if name == "ctrl_c" else "SIGTERM"
     assert run.out.splitlines()[-1] == (
         f"stopped by {cause} and saved to {run.folder}; run the same command to continue"), run.err
     saved = checkpoint(run.folder)
     assert saved["step"] == max(logged_steps(run.folder)) > 0
     assert f'File "{CODE}' not in run.err  # torchrun has a traceback of its own, we have none
     assert run.left == []
-    if name == "ctrl_c":
+    if name in ("ctrl_c", "hangup"):
         assert run.status == 0 and "Traceback" not in run.err
+
+
+def test_a_closed_terminal_does_not_end_a_run_under_nohup():
+    script = "import common, signal; print(signal.SIGHUP in common.SIGNALS)"
+    for command, handled in (([], "True"), (["nohup"], "False")):
+        found = subprocess.run([*command, sys.executable, "-c", script], cwd=CODE, text=True,
+                               capture_output=True, preexec_fn=lambda: signal.signal(
+                                   signal.SIGHUP, signal.SIG_DFL))
+        assert found.stdout.strip() == handled
 
 
 def test_a_killed_run_goes_on_at_once_and_alone(jobs):
