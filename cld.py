@@ -124,19 +124,18 @@ def npid(f, V, index, tau, block=2 ** 26):
     """Instance loss of NPID with a full softmax over the bank (E2), the mean over the rows.
 
     Args: f (b, D) unit-norm with gradient, float16 and bfloat16 become float32; V (n, D) bank,
-    float32, unit-norm; index (b,) int64, the image of each row; tau: T; block: logits at a time. A
-    larger bank is processed in blocks, whose logits the backward pass computes again: those of
-    ImageNet would take several times 1.3 GB for 256 rows.
+    float32, unit-norm; index (b,) int64, the image of each row; tau: T; block: logits to keep. The
+    backward pass of a larger bank computes them again: those of ImageNet take 1.3 GB for 256 rows.
     """
-    f, rows = upcast(f), max(1, block // len(f))
-    if len(V) <= rows:
-        return F.cross_entropy(f @ V.T / tau, index)
-
     def log_sum_exp(f, part):
-        return (f @ part.T / tau).logsumexp(1)
+        return (f @ part.T).logsumexp(1)
 
-    parts = [checkpoint(log_sum_exp, f, part, use_reentrant=False) for part in V.split(rows)]
-    return (torch.stack(parts).logsumexp(0) - (f * V[index]).sum(1) / tau).mean()
+    f = upcast(f) / tau
+    if len(f) * len(V) > block:
+        log_sum_exp = functools.partial(checkpoint, log_sum_exp, use_reentrant=False)
+    # a part of the bank at a time: its logits stay in the cache, which halves the time on a CPU
+    parts = [log_sum_exp(f, part) for part in V.split(max(1, min(block, 2 ** 22) // len(f)))]
+    return (torch.stack(parts).logsumexp(0) - (f * V[index]).sum(1)).mean()
 
 
 def exp_similarity(f, V, idx, tau):
