@@ -1,4 +1,4 @@
-"""The benchmarks gpu.py and peers.py work, here at toy sizes on a CPU."""
+"""The benchmarks work: gpu.py and peers.py at toy sizes on a CPU, parts of the others."""
 import json
 import statistics
 import sys
@@ -14,7 +14,9 @@ import clinfonce
 import common
 
 sys.path.append(str(Path(__file__).parent / "bench"))  # last: it holds a cld.py of its own
+import flickr8k
 import gpu
+import one_protocol
 import peers
 
 PARTS = {"data", "augmentation", "forward", "loss", "loss backward", "backward", "wait",
@@ -211,3 +213,33 @@ def test_speed_leaves_the_warm_up_out():
             yield i
 
     assert 40 < peers.speed(batches(), lambda i: None, 1, 0.2, warm=2) <= 500
+
+
+# ---------------------------------------------------------------------------------- protocols
+
+
+@pytest.mark.parametrize("log", [
+    [(4, 2), (8, 4), (12, 6)],
+    [(4, 2), (8, 4), (5, 6), (9, 8)],  # resumed at epoch 4: its first line holds the start, too
+    [(6, 3), (5, 4), (7, 5), (3, 6), (7, 8)]])
+def test_cost_of_an_epoch_of_a_resumed_run(log):
+    assert one_protocol.seconds_per_epoch(
+        [dict(cpu_seconds=cpu, epoch=epoch) for cpu, epoch in log]) == 2
+
+
+@pytest.mark.parametrize(("best", "tried"), [
+    (1e-3, ["0.0005", "0.001", "0.002"]),
+    (3e-3, ["0.0005", "0.001", "0.002", "0.004", "0.008"]),
+    (1e-2, ["0.0005", "0.001", "0.002", "0.004", "0.008", "0.016"]),
+    (2e-4, ["0.0005", "0.001", "0.002", "0.00025", "0.000125"])])
+def test_the_best_rate_has_worse_ones_on_both_sides(monkeypatch, best, tried):
+    runs = []
+
+    def train(args, name, *flags):
+        runs.append(flags[flags.index("--lr") + 1])
+        return dict(mean=-abs(torch.tensor(float(runs[-1]) / best).log().item()))
+
+    monkeypatch.setattr(flickr8k, "train", train)
+    rate = flickr8k.best_rate(SimpleNamespace(long=True), "clip", 64)
+    assert runs == tried and float(rate) == min(map(float, tried), key=lambda r: abs(
+        torch.tensor(r / best).log().item()))

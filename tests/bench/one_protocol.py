@@ -199,14 +199,20 @@ def collect(args, protocol):
         cells = {name: [look_up(r, path) for r in results]
                  for name, path in protocol["columns"].items()}
         if row[2]:
-            ends = [[r for r in records(keep, row, seed) if "cpu_seconds" in r][-1]
-                    for seed in seeds]
-            cells["s / epoch"] = [end["cpu_seconds"] / end["epoch"] for end in ends]
-            cells["MB"] = [end["memory_mb"] for end in ends]
+            logs = [[r for r in records(keep, row, seed) if "cpu_seconds" in r] for seed in seeds]
+            cells["s / epoch"] = [seconds_per_epoch(log) for log in logs]
+            cells["MB"] = [log[-1]["memory_mb"] for log in logs]
             if (state := keep / f"{slug(row)}.state.json").exists():
                 cells["B / image"] = [sum(json.loads(state.read_text()).values())]
         done[row] = cells
     return done
+
+
+def seconds_per_epoch(log):
+    """CPU seconds an epoch; of a run that was resumed, those since then: the clock began anew."""
+    resumed = [r for last, r in zip(log, log[1:]) if r["cpu_seconds"] < last["cpu_seconds"]]
+    begin = resumed[-1] if resumed else dict(cpu_seconds=0, epoch=0)
+    return (log[-1]["cpu_seconds"] - begin["cpu_seconds"]) / (log[-1]["epoch"] - begin["epoch"])
 
 
 def records(keep, row, seed):
