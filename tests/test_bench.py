@@ -18,6 +18,7 @@ import flickr8k
 import gpu
 import one_protocol
 import peers
+import weak_pairs
 
 PARTS = {"data", "augmentation", "forward", "loss", "loss backward", "backward", "wait",
          "optimizer", "rest"}
@@ -225,6 +226,11 @@ def test_speed_leaves_the_warm_up_out():
 def test_cost_of_an_epoch_of_a_resumed_run(log):
     assert one_protocol.seconds_per_epoch(
         [dict(cpu_seconds=cpu, epoch=epoch) for cpu, epoch in log]) == 2
+
+
+def test_positives_of_weak_labels():
+    y, t = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 1, 2, 3, 3, 3])
+    assert weak_pairs.pairs(y, t) == (8, 4)
 
 
 @pytest.mark.parametrize(("best", "tried"), [
