@@ -1036,8 +1036,8 @@ def report(log, args, objective, model, data, test, result, chance, retrieved):
     if common.rank() > 0:
         return []
     retrieval_picture(f"{args.out}/retrieval.png", data, test, retrieved)
-    before = log.records()[0]
-    return [*(f"  {name:18} untrained {before[name]:6.2f} %   trained {value:6.2f} %   (chance "
+    before, first = log.records()[0], "initial" if args.pretrained else "untrained"
+    return [*(f"  {name:18} {first} {before[name]:6.2f} %   trained {value:6.2f} %   (chance "
               f"{chance[name]:.2f} %)" for name, value in result.items()
               if name.endswith(("@1", "top-1", "mean"))),
             f"  queries      {args.out}/retrieval.png",

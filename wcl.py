@@ -405,8 +405,8 @@ def untrained_quality(model, data, aug, batches=8):
 def summary_lines(log):
     """Lines of the summary on the weak labels at the start and the end of training (rank 0)."""
     records = [r for r in log.records() if "components" in r] if common.rank() == 0 else []
-    lines = []
-    for name, r in zip(("untrained", "trained"), records[:1] + records[-1:]):
+    lines, first = [], "initial" if log.header["args"]["init"] else "untrained"
+    for name, r in zip((first, "trained"), records[:1] + records[-1:]):
         lines.append("  weak labels  {}: {components:.1f} components of {size:.1f} images".format(
             name, **r))
         if "purity" in r:

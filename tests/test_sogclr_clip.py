@@ -1,6 +1,7 @@
 """sogclr_clip.py: world size, resume, variants, state, evaluation, data and bad input. The vectors
 of the authors' code are in test_golden.py."""
 import json
+import re
 import math
 import zlib
 from types import SimpleNamespace
@@ -497,12 +498,15 @@ def test_clip_and_siglip_are_those_of_open_clip():
     assert abs(ours - open_clip.loss.SigLipLoss()(x, t, scale, torch.tensor(-10.0))) < 1e-6
 
 
-def test_open_clip_loads_a_trained_checkpoint(run_main, tmp_path):
+def test_open_clip_loads_a_trained_checkpoint(run_main, tmp_path, capsys):
     """Strictly, into open_clip's own class; and `--pretrained` takes the file, too."""
     import open_clip
 
     run_main(sogclr_clip.main, "run", VERY_SMALL)
     path = tmp_path / "run/checkpoint.pt"
+    assert re.search("\n  mean +untrained .* trained ", capsys.readouterr().out)
+    run_main(sogclr_clip.main, "on", [*VERY_SMALL, "--pretrained", str(path)])
+    assert re.search("\n  mean +initial .* trained ", capsys.readouterr().out)
     weights = torch.load(path, weights_only=True)["state"]["model"]
     c = sogclr_clip.TINY["tiny-vit"]
     model = open_clip.CLIP(c["embed_dim"], open_clip.CLIPVisionCfg(**c["vision_cfg"]),

@@ -617,7 +617,10 @@ def test_last_lines_and_the_untrained_network(run_main, tmp_path, capsys):
 def test_useless_weak_labels_are_named(largest):
     records = [dict(step=0, knn_top1=1.0, components=3.0, size=9.0, largest=95.0),
                dict(step=1, components=1.5, size=11.25, largest=largest), dict(step=1, knn_top1=2)]
-    lines = wcl.summary_lines(SimpleNamespace(records=lambda: records))
+    log = SimpleNamespace(records=lambda: records, header=dict(args=dict(init=None)))
+    lines = wcl.summary_lines(log)
+    log.header["args"]["init"] = "weights.pt"
+    assert wcl.summary_lines(log)[0] == "  weak labels  initial: 3.0 components of 9.0 images"
     assert lines[:2] == ["  weak labels  untrained: 3.0 components of 9.0 images",
                          "  weak labels  trained: 1.5 components of 11.2 images"]
     assert len(lines) == (3 if largest > 90 else 2)
