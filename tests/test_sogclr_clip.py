@@ -1,8 +1,8 @@
 """sogclr_clip.py: world size, resume, variants, state, evaluation, data and bad input. The vectors
 of the authors' code are in test_golden.py."""
 import json
-import re
 import math
+import re
 import zlib
 from types import SimpleNamespace
 from unittest import mock
