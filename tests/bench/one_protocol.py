@@ -277,6 +277,8 @@ def curves(args, protocol, done, panels, file):
                 for log in of_row:
                     steps = next(r["step"] / r["epoch"] for r in log if "epoch" in r)
                     for r in log:
+                        if key == "I_Z_T" and r["step"] == 0:
+                            continue  # no clusters yet: every image is one
                         if key in r and r.get("epoch", 0) % 1 == 0:
                             values.setdefault(r["step"] / steps, []).append(r[key])
                 if len(values) > 1:
