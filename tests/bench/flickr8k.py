@@ -136,7 +136,7 @@ def picture(args, groups):
     axis.set_xticks(list(LONG), [str(batch) for batch in LONG])
     axis.set_xlabel("batch")
     axis.set_ylabel("mean recall, test images (%)")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * max(r["mean"] for found in groups.values() for r in found))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
