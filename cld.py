@@ -130,8 +130,9 @@ def npid(f, V, index, tau, block=2 ** 26):
     def log_sum_exp(f, part):
         return (f @ part.T).logsumexp(1)
 
-    f, size = upcast(f) / tau, 2 ** 22  # by parts of the bank: half the time on a CPU, whose cache
-    if len(f) * len(V) > block:         # holds their logits
+    # A part of the bank at a time: its logits stay in the cache, which halves the time on a CPU.
+    f, size = upcast(f) / tau, 2 ** 22
+    if len(f) * len(V) > block:
         log_sum_exp = functools.partial(checkpoint, log_sum_exp, use_reentrant=False)
         size = 2 ** 24  # what malloc gives back at once
     parts = [log_sum_exp(f, part) for part in V.split(max(1, min(block, size) // len(f)))]

@@ -145,8 +145,8 @@ def _lost_worker(error):
 
 
 def _ask(number, _):
-    """Handle SIGNALS: save and stop after this step. A second Ctrl-C ends at once, but
-    not the copy of the first that torchrun sends."""
+    """Handle SIGNALS: save and stop after this step. A second Ctrl-C ends at once, but not the copy
+    of the first that torchrun sends."""
     if number == signal.SIGINT and _signal["asked"] and time.time() - _signal["time"] > 1:
         raise KeyboardInterrupt
     _signal.update(asked=number, time=time.time())
