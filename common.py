@@ -883,17 +883,21 @@ def _folder(args):
 def read_rows(source):
     """The column names of a CSV, TSV or Parquet file, then its rows: lists of texts, one by one.
 
-    A tab in the first line makes it TSV, in which quotes are letters.
+    A tab in the first line makes it TSV, in which quotes are letters. Parquet: a missing value is
+    "", and columns that hold neither texts nor numbers are left out.
     Errors: BadInput with the line of a row that has more or fewer fields than there are columns.
     """
     with reading(source), open(source, newline="", encoding=encoding_of(source)) as file:
         if file.buffer.peek(4)[:4] == b"PAR1":
             import pandas
 
-            frame = pandas.read_parquet(source)
+            # with these types a whole number stays one where others of its column are missing
+            frame = pandas.read_parquet(source, dtype_backend="numpy_nullable")
+            frame = frame.select_dtypes(exclude="object")  # lists, bytes and the like
+            frame = frame.astype(object).where(frame.notna(), "")
             yield [*frame.columns]
             for row in frame.itertuples(index=False, name=None):
-                yield ["" if value is None else str(value) for value in row]
+                yield [*map(str, row)]
             return
         tab = "\t" in file.readline()
         file.seek(0)

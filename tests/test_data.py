@@ -709,6 +709,25 @@ def test_lists_of_img2dataset(tmp_path, kind):
     assert list(data.train.captions) == [f"number {i}" for i in range(6)]
 
 
+def test_parquet_with_missing_values(tmp_path, monkeypatch):
+    """A missing caption is empty, not the text "nan"; ids beside a missing one stay whole; a list
+    of captions is no caption."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(dict(
+        image=[f"{i:04}.png" for i in range(3)], caption=["red", None, "blue"],
+        image_id=pandas.array([2 ** 53 + 1, None, 7], "Int64"), captions=[["a", "b"]] * 3))
+    path = tmp_path / "pairs.parquet"
+    try:
+        frame.to_parquet(path)
+    except ImportError:  # without pyarrow: what pandas makes of such a file
+        path.write_bytes(b"PAR1")
+        monkeypatch.setattr(pandas, "read_parquet", lambda source, dtype_backend: {
+            "numpy_nullable": frame.convert_dtypes()}[dtype_backend])
+    assert list(common.read_rows(path)) == [
+        ["image", "caption", "image_id"], ["0000.png", "red", str(2 ** 53 + 1)],
+        ["0001.png", "", ""], ["0002.png", "blue", "7"]]
+
+
 # ---------------------------------------------------------------------------------- rows
 
 
