@@ -1238,9 +1238,11 @@ def load(args, device):
     share_names(train, test)
     for table in (train, test):
         table.fingerprint = fingerprint(table)
-    labels, _ = (table.column(args.label) for table in (train, test))
-    if args.limit_train is not None:
-        train = train.select(balanced_rows(labels, args.limit_train, args.seed))
+    for table in (train, test):
+        table.column(args.label)  # it must be there
+    if args.limit_train is not None:  # an evaluation takes the images of the training
+        label, seed = vars(args).get("drawn_by") or (args.label, args.seed)
+        train = train.select(balanced_rows(train.column(label), args.limit_train, seed))
     for table in (train, test):
         if table.images is not None:
             table.images = table.images.to(device)
@@ -2255,7 +2257,8 @@ class Log:
 
 def flags_dict(args):
     """The flags as a dict of JSON values, without those that only identify this invocation."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("method", "argv", "set_by")}
+    flags = {k: v for k, v in vars(args).items() if k not in (
+        "method", "argv", "set_by", "drawn_by")}
     return json.loads(json.dumps(flags))
 
 
@@ -2370,6 +2373,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def is_ours(checkpoint):
+    """Whether the dict of a file is a checkpoint of this project."""
+    return (checkpoint.keys() >= {"format", "method", "step", "args", "state"}
+            and checkpoint["format"] == 1)
+
+
 def _tensors(tree, path=""):
     """(name, tensor) for each tensor in nested dicts and lists; the key of a dict ends with /."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
@@ -2381,12 +2390,14 @@ def _tensors(tree, path=""):
 
 def _find_resnet(weights, arch, stem):
     """The ResNet that the tensors `weights` fit best: prefix of its names, arch, stem, names of the
-    weights that fit, are absent and are left over, its state dict on meta, name -> name in file.
-    None if no weight fits."""
+    weights that fit, are absent and are left over, its state dict on meta, name -> name in file,
+    prefixes of others that fit equally well. None if no weight fits."""
     first = (re.fullmatch(r"(|.*[./])(conv1|\d+)\.weight", k) for k, x in weights.items()
              if x.ndim == 4 and x.shape[1] < 16)  # the convolution that reads images
     layouts, best = {}, None  # prefix -> name in torchvision's ResNet -> name in the file
-    for prefix in [m[1] for m in first if m]:
+    prefixes = [m[1] for m in first if m]
+    shared = re.match(r"(.*[./_])?", os.path.commonprefix(prefixes), re.S).end()
+    for prefix in prefixes:
         own = {k: k[len(prefix):].partition(".") for k in weights if k.startswith(prefix)}
         # the children of a ResNet as the numbered layers of an nn.Sequential: those with weights
         numbers = sorted({name for name, _, _ in own.values() if name.isdigit()}, key=int)
@@ -2406,11 +2417,13 @@ def _find_resnet(weights, arch, stem):
                 copy = re.search(  # ties: not the slow one of two networks
                     "(?<![a-z])(k|m|ema|avg|swa|slow)(?![a-z])|"
                     "key|momentum|target|teacher|averag|mean",
-                    re.sub("(?<=[a-z])(?=[A-Z])", "_", p).lower())
+                    re.sub("(?<=[a-z])(?=[A-Z])", "_", p[shared:]).lower())
                 score = -len(absent) - len(extra), not copy
                 if fits and (best is None or score > best[0]):
-                    best = score, (p, a, s, fits, absent, extra, ours, own)
-    return best and best[1]
+                    best = score, (p, a, s, fits, absent, extra, ours, own), []
+                elif fits and score == best[0] and (a, s) == best[1][1:3]:
+                    best[2].append(p)
+    return best and (*best[1], best[2])
 
 
 def load_backbone(path, checkpoint, arch=None, stem=None, model=None):
@@ -2420,7 +2433,8 @@ def load_backbone(path, checkpoint, arch=None, stem=None, model=None):
     Args: path, for messages; checkpoint, from `load_checkpoint`; arch, stem: None = by the weights;
     model: fill its backbone instead, and each of its heads of which all weights fit.
     Returns: the backbone; dict of arch, stem, prefix, loaded (number of tensors), heads (names),
-    left_out (first name -> number), missing (BatchNorm's counters of steps, which nothing reads).
+    left_out (first name -> number), missing (BatchNorm's counters of steps, which nothing reads),
+    rivals (prefixes of other networks that fit equally well; the first in the file is taken).
     """
     if checkpoint.get("method") == "sogclr_clip":
         raise BadInput(f"{path} is of sogclr_clip.py, which evaluates it itself: "
@@ -2430,7 +2444,7 @@ def load_backbone(path, checkpoint, arch=None, stem=None, model=None):
         names = [*weights] or [f"no tensor under its keys {', '.join(map(str, checkpoint))}"]
         raise BadInput(f"checkpoint {path}: no weight fits a ResNet; it holds "
                        f"{', '.join(names[:8])}{', ..' * (len(names) > 8)}")
-    prefix, arch, stem, fits, absent, extra, ours, own = found
+    prefix, arch, stem, fits, absent, extra, ours, own, rivals = found
     for what, keys in (("of another shape", [k for k in absent if k in own]),
                        ("missing", absent), ("left over", extra)):
         if keys:
@@ -2452,7 +2466,7 @@ def load_backbone(path, checkpoint, arch=None, stem=None, model=None):
         left_out[key[len(folder):start] + key[start:].split(".")[0]] += 1
     return backbone, dict(
         arch=arch, stem=stem, prefix=re.sub("^((state|state_dict|model)/)+", "", prefix),
-        loaded=len(fits), heads=heads, left_out=dict(left_out),
+        loaded=len(fits), heads=heads, left_out=dict(left_out), rivals=rivals,
         missing=[k for k in ours if k not in fits])
 
 
@@ -2462,7 +2476,9 @@ def describe_weights(path, loaded):
     heads = f"; heads: {', '.join(loaded['heads'])}" if loaded["heads"] else ""
     return (f"{path}: {loaded['loaded']} tensors of {loaded['arch']}, {loaded['stem']} stem, "
             f"loaded from '{loaded['prefix']}*'{heads}; left out: {left_out}; missing: "
-            f"{', '.join(loaded['missing'][:3]) or 'nothing'}")
+            f"{', '.join(loaded['missing'][:3]) or 'nothing'}" + "".join(
+                f"; '{rival}*' fits equally well: save it alone to evaluate it"
+                for rival in loaded["rivals"]))
 
 
 def initial_weights(state, args):
@@ -2556,7 +2572,7 @@ def _load_run(state, args):
     path = path if path.exists() else path.with_name("checkpoint.prev.pt")
     if path.exists():
         old = load_checkpoint(path)
-        if not old.keys() >= {"format", "method", "step", "args", "state"}:
+        if not is_ours(old):
             raise BadInput(f"{path} is not a checkpoint of this project; use another --out")
     elif log.path.exists():  # stopped before its first checkpoint
         try:
@@ -2911,6 +2927,31 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * right[:, :k].any(1).double().mean().item() for k in topk]
 
 
+def check_writable(path, hint):
+    """BadInput with the hint unless a file can be written to the path."""
+    above = next(p for p in Path(path).absolute().parents if p.exists())
+    if Path(path).is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"{path} cannot be written; {hint}")
+
+
+def check_results(path, args, free=()):
+    """BadInput if the JSON file of results cannot be written, or holds those of other flags than
+    these; `free` flags may differ."""
+    check_writable(path, "use another --out")
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            if old["script"] != f"{args.method}.py":
+                raise ValueError("a file of another script")
+            changed = changed_flags(old["args"], flags_dict(args), (
+                *free, "device", *{*FREE_FLAGS} - {"data_dir"}))  # another folder: other data
+        except (OSError, ValueError, KeyError, TypeError):
+            raise BadInput(f"{path} is no file of this script; use another --out") from None
+        if changed:
+            raise BadInput(f"{path} holds results with other flags ({', '.join(changed)}); use "
+                           "another --out")
+
+
 def start_evaluation(args, checkpoint):
     """What every evaluation begins with. Returns: record, a dict of what is known about the run;
     path of the results; device; the backbone there; lines that describe it. BadInput if the path
@@ -2921,22 +2962,8 @@ def start_evaluation(args, checkpoint):
     recipe = "features" if vars(args).get("mode") == "features" else args.recipe
     names = args.method, recipe, args.label, *Path(args.checkpoint).stem.split("-")[1:]
     path = Path(args.out or folder / f"{'-'.join(names)}.json")  # -0050 of checkpoint-0050.pt
-    above = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        raise BadInput(f"{path} cannot be written; use another --out")
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            if old["script"] != f"{args.method}.py":
-                raise ValueError("a file of another script")
-            changed = changed_flags(old["args"], flags_dict(args), (
-                *FREE_FLAGS, "device", "save", "features", "features_type", "embedding"))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise BadInput(f"{path} is no file of this script; use another --out") from None
-        if changed:
-            raise BadInput(f"{path} holds results with other flags ({', '.join(changed)}); use "
-                           "another --out")
-    ours, script = checkpoint if checkpoint.get("format") == 1 else {}, f"{args.method}.py"
+    check_results(path, args, ["save", "features", "features_type", "embedding"])
+    ours, script = checkpoint if is_ours(checkpoint) else {}, f"{args.method}.py"
     record = dict(script=script, command=shlex.join([script, *args.argv]), seconds=time.time(),
                   checkpoint=args.checkpoint, method=ours.get("method"), step=ours.get("step"),
                   label=args.label, seed=args.seed, args=flags_dict(args))
@@ -3007,6 +3034,17 @@ def reject_unused(args, names, why):
     for name in names:
         if flag_name(name) in written:
             raise BadInput(f"{flag_name(name)} is not used {why}")
+
+
+def check_files(args):
+    """BadInput for a written flag that names files which --dataset does not read."""
+    kind = re.match("[a-z]*", args.dataset)[0]
+    unread, where = sorted(FILES - READS[kind]), f"by --dataset {args.dataset}"
+    if kind == "shapes":
+        where += ", which is built in: name another --dataset"
+        if args.method != "ood_eval":  # whose outliers are there
+            unread = ["data_dir", *unread]
+    reject_unused(args, unread, where)
 
 
 def flag_name(name):
@@ -3142,6 +3180,11 @@ class Parser(argparse.ArgumentParser):
         name = given.recipe or ("own" if own and not vars(given).get("evaluate") else "demo")
         if name not in self.recipes:
             raise BadInput(f"--recipe {name}: there are {', '.join(self.recipes)}")
+        typed = collections.Counter(word.split("=")[0] for word in argv)
+        for a in self._actions:
+            if a.nargs == "+" and sum(typed[flag] for flag in a.option_strings) > 1:
+                raise BadInput(f"{a.option_strings[0]} is written twice: write all its values "
+                               "after one")
         self.set_defaults(**self.recipes[name], recipe=name)
         self.args = args = super().parse_args(argv)
         words = {word.split("=")[0] for word in argv}
@@ -3180,15 +3223,15 @@ class Parser(argparse.ArgumentParser):
         unused = dict(sgd=[], lars=["nesterov"], adamw=["nesterov", "momentum"])[args.optimizer]
         reject_unused(args, unused, f"by --optimizer {args.optimizer}")
         if not vars(args).get("evaluate"):  # which may take the data set of its checkpoint
-            kind = re.match("[a-z]*", args.dataset)[0]
-            unread, where = sorted(FILES - READS[kind]), f"by --dataset {args.dataset}"
-            if kind == "shapes" and self.trains:
-                unread, where = ["data_dir", *unread], (
-                    f"{where}, which is built in: name another --dataset")
-            reject_unused(args, unread, where)
+            check_files(args)
         if self.trains and Path(args.out).is_file():
             raise BadInput(f"--out {args.out} is a file; name a folder")
         return args
+
+
+# flags that mean nothing where no network is trained
+TRAINING = ("lr", "weight_decay", "nesterov", "micro_batch", "sync_bn", "compile", "crop", "jitter",
+            "jitter_p", "gray", "blur", "solarize", "erase", "randaugment")
 
 
 class EvaluationParser(Parser):
@@ -3217,23 +3260,31 @@ class EvaluationParser(Parser):
                 raise BadInput("--subset needs a --recipe: semi-1, semi-10, or a probe")
             self.set_defaults(recipe="fast" if given.fraction is None else
                               "semi-1" if given.fraction < 0.05 else "semi-10")
-        if self.checkpoint.get("format") == 1:
+        if is_ours(self.checkpoint):
             old = self.checkpoint["args"]
-            keep = ["image_size", "seed", "knn_k", "knn_t", "channels_last"]
+            keep = ["image_size", "seed", "knn_k", "knn_t", "channels_last", "mean", "std"]
             if given.dataset in (None, old["dataset"]):  # these mean nothing to another data set
                 keep += ["dataset", "data_dir", "train_file", "test_file", "classes", "label",
-                         "limit_train", "mean", "std"]
+                         "limit_train"]
+            else:  # of the images that the network knows
+                mean, std = MEAN_STD.get(old["dataset"], IMAGENET)
+                old = old | dict(mean=old["mean"] or [*mean], std=old["std"] or [*std])
             self.set_defaults(**{k: old[k] for k in keep})
             self.inherited = dict.fromkeys(keep, "the checkpoint")
         if given.checkpoint == "none":  # else the weights tell
             self.set_defaults(arch="resnet-tiny", stem="imagenet")
-        return super().parse_args(argv)
+        args = super().parse_args(argv)
+        if args.set_by.get("limit_train") == "the checkpoint":
+            args.drawn_by = old["label"], old["seed"]
+        return args
 
     def complete(self, args):
         """The rate by --lr-256, and the data set."""
         if "lr" in args.set_by and args.lr_256:
             check_ranges(args, above=["lr_256"])
             args.lr = args.lr_256 * args.batch_size / 256
+        reject_unused(args, ["log_every", "knn_every", "save_every", "keep_every"],
+                      "by an evaluation")
         args.dataset = args.dataset or "shapes"
         if args.dataset not in SOURCES:
             raise BadInput(f"the checkpoint was trained on {args.dataset}: name a --dataset")

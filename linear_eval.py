@@ -4,7 +4,8 @@
 of others: it searches nested dicts, any prefix (`module.encoder_q.*`) and numbered layers for the
 ResNet that fits best, and prefers a trained network to its slow copy. It prints which weights were
 loaded and which were not, and fails if any do not fit. A checkpoint of this project sets the data
-set, label column, image size, --limit-train and seed; a recipe overrides it, a flag both.
+set, label column, image size, mean and standard deviation (also for other data), the images of
+--limit-train, and the seed; a recipe overrides it, a flag both.
 
     fast      features extracted once: weighted kNN; R@1/5/10/20 and mAP@R of the test images in the
               training images; a linear probe, softmax regression by SGD on standardized features.
@@ -82,6 +83,14 @@ RECIPES = {
     "semi-10": dict(SEMI, fraction=0.1, lr=0.2, lr_backbone=0.01),
 }
 
+UNUSED = {  # mode -> flags that it does not use
+    "linear": ["retrieval_labels", "lrs", "weight_decays", "lr_backbone", "knn_k", "knn_t"],
+    "finetune": ["retrieval_labels", "lrs", "weight_decays", "knn_k", "knn_t"],
+    "fast": [*common.TRAINING, "lr_256", "lr_backbone", "schedule", "milestones", "gamma",
+             "init_std"]}
+UNUSED["features"] = [
+    *UNUSED["fast"], "retrieval_labels", "lrs", "weight_decays", "knn_k", "knn_t", "momentum",
+    "epochs", "fraction", "subset", "min_per_class"]
 RANKS = (1, 5, 10, 20)  # of R@k
 PART = 2 ** 16  # rows of --features at a time
 
@@ -132,6 +141,8 @@ def load_labelled(args, device):
         if not any(lines):
             raise common.BadInput(f"--subset {args.subset} names no image")
         train = train.select(torch.tensor([rows[name] for name in lines if name]).unique())
+        if empty := len(ids) - train.columns[args.label].unique().numel():
+            notes.append(f"--subset has no image of {empty} of the {len(ids)} classes")
     elif args.fraction is not None:
         n = int(args.fraction * len(train) + 1e-9)  # rounded down: 12,811 of ImageNet
         if n < len(ids):
@@ -327,9 +338,9 @@ def retrieval_picture(path, args, data, h, names, queries=8, near=8):
                       f"green: the same {args.label}, red: another; {common.source(args)}", lines)
 
 
-def write_features(args, data, backbone, h=None):
+def write_features(args, data, backbone, names, h=None):
     """The npz of --features: `train_` and `test_` features (N, D), rows (of the source), labels
-    (-1: none) and paths (of files, below --data-dir), and classes, the names of the labels. All
+    (-1: none) and paths (of files, below --data-dir), and classes, the `names` of the labels. All
     processes compute PART rows at a time, unless h (train, test) has them."""
     def write_parts(table, x, write):
         for rows in torch.arange(len(table)).split(PART):
@@ -352,7 +363,7 @@ def write_features(args, data, backbone, h=None):
                     write_parts(table, x, member.write)
 
     tables = list(zip(("train", "test"), (data.train, data.test), h or (None, None)))
-    arrays = dict(classes=[str(c) for c in data.train.classes.get(args.label) or []])
+    arrays = dict(classes=[str(c) for c in names])
     for split, table, x in tables:
         arrays |= {f"{split}_rows": table.index, f"{split}_labels": table.columns[args.label]}
         if table.paths:
@@ -410,18 +421,32 @@ def evaluate(args, checkpoint):
         raise common.BadInput(f"--fraction {args.fraction} is not in (0, 1]")
     if args.optimizer != "sgd":
         raise common.BadInput(f"--optimizer {args.optimizer}: evaluation uses sgd")
-    if args.mode == "fast":
-        common.reject_unused(args, ["micro_batch"], "by --mode fast")
+    common.check_ranges(args, least=["lr_backbone", "gamma", "init_std"])
+    if min(args.lrs) <= 0 or min(args.weight_decays) < 0:
+        raise common.BadInput(f"--lrs {common.shown(args.lrs)} must be above 0, --weight-decays "
+                              f"{common.shown(args.weight_decays)} at least 0")
+    common.reject_unused(args, UNUSED[args.mode], f"by --mode {args.mode}")
+    if args.subset:
+        common.reject_unused(args, ["fraction"], "with --subset")
+    if not args.features:
+        common.reject_unused(args, ["features_type"], "without --features")
+    if args.embedding:
+        common.require("matplotlib", "matplotlib", "--embedding")
     if args.mode == "features":
         common.reject_unused(args, ["picture"], "by --mode features; use --embedding")
         if not (args.features or args.embedding):
             raise common.BadInput("--mode features writes --features or --embedding: name a file")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
-    files = {k: vars(args)[k] for k in ("save", "features", "embedding") if vars(args)[k]}
+    files = {k: vars(args)[k] for k in ("save", "features", "embedding", "picture")
+             if vars(args)[k]}
     for flag, file in files.items():
         known = path.is_file() and json.loads(path.read_text())["args"].get(flag) == file
         if Path(file).exists() and not known:  # the same command again may write it anew
             raise common.BadInput(f"--{flag} {file} exists; name a new file")
+        common.check_writable(file, f"use another --{flag}")
+    if len({os.path.abspath(file) for file in (path, *files.values())}) <= len(files):
+        raise common.BadInput(f"{', '.join(map(str, files.values()))} and {path}, the results: "
+                              "every file needs a name of its own")
     data, names, notes = load_labelled(args, device)
     notes += common.data_notes(checkpoint, args, data)
     for column in dict.fromkeys([*args.retrieval_labels, args.label]):
@@ -432,8 +457,11 @@ def evaluate(args, checkpoint):
         if args.mode == "fast" and bank < RANKS[-1]:
             notes.append(f"column {column}: {', '.join(f'R@{k}' for k in RANKS if k > bank)} left "
                          f"out, as only {bank} training images have a value")
-    if "knn_k" not in args.set_by and args.knn_k > len(data.train):  # a default takes what there is
-        raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training images")
+    if args.mode == "fast" and args.knn_k > len(data.train):  # a default takes what there is
+        if "knn_k" not in args.set_by:
+            raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training "
+                                  "images")
+        notes.append(f"kNN: K = {len(data.train)}, all training images, not {args.knn_k}")
     common.print_rank0("\n".join([description, *notes]))
 
     results, h = {}, None
@@ -444,8 +472,21 @@ def evaluate(args, checkpoint):
     if args.mode == "fast":
         results = evaluate_features(args, data, h, len(names), device)
     weights = backbone.state_dict() | {f"fc.{k}": x for k, x in results.pop("fc", {}).items()}
+    protocol = "none, features only"
+    if results:
+        protocol = (args.protocol or f"recipe {args.recipe}") + (
+            f", --mode {args.mode}" * ("mode" not in args.set_by))
+    common.print_rank0(
+        f"protocol: {protocol}; {common.source(args)} at {args.image_size} pixels, column "
+        f"{args.label}: {len(names)} classes, {len(data.train)} training and {len(data.test)} test "
+        "images")
+    if common.rank() == 0:  # before the files, so that no failure there loses the results
+        print("\n".join(result_lines(results)), end="\n" * bool(results))
+        common.write_results(
+            path, record, device, protocol=protocol, recipe=args.recipe, results=results,
+            data=dict(train=len(data.train), test=len(data.test), classes=len(names), notes=notes))
     if args.features:
-        write_features(args, data, backbone, h)
+        write_features(args, data, backbone, names, h)
     if args.embedding:
         h_test = h[1] if h else common.extract_features(backbone, data, data.test)
     if common.rank() > 0:
@@ -455,14 +496,6 @@ def evaluate(args, checkpoint):
     if args.save:
         common.atomic_write(Path(args.save), lambda file: torch.save(
             {k: x.cpu().contiguous() for k, x in weights.items()}, file))
-    protocol = args.protocol or (f"recipe {args.recipe}" if results else "none, features only")
-    print(f"protocol: {protocol}; {common.source(args)}, column {args.label}: {len(names)} "
-          f"classes, {len(data.train)} training and {len(data.test)} test images")
-    if results:
-        print("\n".join(result_lines(results)))
-    common.write_results(
-        path, record, device, protocol=protocol, recipe=args.recipe, results=results,
-        data=dict(train=len(data.train), test=len(data.test), classes=len(names), notes=notes))
     if args.picture is not None:
         files["picture"] = args.picture or path.with_suffix(".png")
         retrieval_picture(files["picture"], args, data, h, names)

@@ -271,7 +271,7 @@ def score_images(args, checkpoint, h_train, y, h):
     scores = dict(gaussian=class_log_densities(train, y, x, args.ridge).max(1).values,
                   mahalanobis=mahalanobis(train, y, x, args.ridge),
                   knn=knn_distance(train, x, args.k))
-    if checkpoint.get("format") == 1 and checkpoint["args"].get("loss") == "ce":
+    if common.is_ours(checkpoint) and checkpoint["args"].get("loss") == "ce":
         model = checkpoint["state"]["model"]
         scores["softmax"] = max_softmax(h, *(model[f"head.{p}"].to(h.device)
                                              for p in ("weight", "bias")))
@@ -341,7 +341,9 @@ def evaluate(args, checkpoint):
         args.outliers = ["unseen"]
     common.check_ranges(args, above=["ridge", "k"], least=["bootstrap"])
     common.require("faiss", "faiss-cpu", "the k-NN distance (G3)")
-    common.reject_unused(args, ["micro_batch"], "by ood_eval.py, which trains nothing")
+    common.reject_unused(args, [*common.TRAINING, "optimizer", "momentum", "epochs"],
+                         "by ood_eval.py, which trains nothing")
+    common.reject_unused(args, ["knn_k", "knn_t"], "by ood_eval.py, whose k-NN has --k")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     data = load_inliers(args, device)
     sets = [load_outliers(text, args, device) for text in args.outliers]
@@ -375,8 +377,8 @@ def evaluate(args, checkpoint):
           f"{', '.join(f'{name} {len(t)}' for name, t in sets)}")
     for note in [note for _, table in sets for note in table.notes]:
         print(note)
-    print("\n".join([*result_lines(results, intervals), "  percent; headline: gaussian; [95 % "
-                     "bootstrap interval over images]"]))
+    print("\n".join([*result_lines(results, intervals), "  percent; headline: gaussian" +
+                     "; [95 % bootstrap interval over images]" * (args.bootstrap > 0)]))
     common.write_results(
         path, record, device, headline="gaussian", results=results, intervals=intervals,
         data=dict(train=len(data.train), test=len(data.test),

@@ -465,7 +465,8 @@ def in_memory(data, table, limit=20000):
 
 
 def towers(args):
-    """The open_clip network and its tokenizer. Only a --pretrained tag needs a download."""
+    """The open_clip network and its tokenizer. Only a --pretrained tag needs a download; where
+    --mean and --std are not given, it sets them to those of its network."""
     common.require("open_clip", "open_clip_torch", "CLIP")
     import open_clip
 
@@ -483,6 +484,9 @@ def towers(args):
             clip = open_clip.create_model(args.model, None if file else args.pretrained,
                                           force_image_size=args.image_size)
             tokenizer = open_clip.get_tokenizer(args.model)
+            if args.pretrained and not file:
+                known = open_clip.get_model_preprocess_cfg(clip)
+                args.mean, args.std = args.mean or [*known["mean"]], args.std or [*known["std"]]
         except Exception as error:  # of the network, the hub, torch.load
             raise common.BadInput(f"--model {args.model}, weights {args.pretrained}: {error}"
                                   ) from None
@@ -1060,20 +1064,28 @@ def evaluate_checkpoint(args):
         if checkpoint.get("method") != args.method:
             raise common.BadInput(f"{args.evaluate} is not a checkpoint of {args.method}.py")
         old, keep = checkpoint["args"], ["model", "loss", "image_size", "mean", "std"]
+        of_data = ["dataset", "data_dir", "train_file", "test_file", "image_root", "classes",
+                   "label"]
+        if "recipe" in given:
+            given.update(RECIPES[args.recipe].keys() & of_data)
         if "dataset" not in given or args.dataset == old["dataset"]:
-            keep += ["dataset", "data_dir", "train_file", "test_file", "image_root", "classes",
-                     "label"]
+            keep += of_data
         for name in set(keep) - given:
             setattr(args, name, old[name])
         args.pretrained, trained_on, prepare = args.evaluate, old["dataset"], clean_caption
-    mean, std = common.MEAN_STD.get(trained_on, common.IMAGENET)  # whatever the data set is now
-    args.mean, args.std = args.mean or list(mean), args.std or list(std)
+    common.check_files(args)
     args.batch_size = int(os.environ.get("WORLD_SIZE", 1))
     device = common.setup(args)
     common._open.close()  # nothing to save: a signal ends the program at once
     clip, tokenizer = towers(args)
+    mean, std = common.MEAN_STD.get(trained_on, common.IMAGENET)  # whatever the data set is now
+    args.mean, args.std = args.mean or list(mean), args.std or list(std)
     size = args.image_size or clip.visual.image_size
     args.image_size = size if isinstance(size, int) else size[0]
+    kept = [] if published else Path(args.evaluate).stem.split("-")[1:]  # 0050 of checkpoint-0050
+    path = Path(args.out) if "out" in given else folder
+    path /= "-".join(["evaluate", args.dataset, *kept]) + ".json"
+    common.check_results(path, args, ["batch_size", "pretrained"])  # the processes; as --evaluate
     data = common.load(args, device)
     if not published:
         in_memory(data, data.test)  # the images as the training's own evaluations saw them
@@ -1082,11 +1094,9 @@ def evaluate_checkpoint(args):
     result, chance, retrieved = evaluate_clip(model, tokenizer, data, pairs, prepare)
     if common.rank() > 0:
         return
-    kept = [] if published else Path(args.evaluate).stem.split("-")[1:]  # 0050 of checkpoint-0050
-    name = "-".join(["evaluate", args.dataset, *kept]) + ".json"
-    path = (Path(args.out) if "out" in given else folder) / name
-    text = json.dumps(dict(script="sogclr_clip", command=shlex.join(args.argv), results=result,
-                           chance=chance, args=common.flags_dict(args)), indent=1)
+    text = json.dumps(dict(
+        script="sogclr_clip.py", command=shlex.join(["sogclr_clip.py", *args.argv]), results=result,
+        chance=chance, args=common.flags_dict(args)), indent=1)
     common.atomic_write(path, lambda file: file.write(text.encode()))
     lines = [f"{args.evaluate} on {args.dataset}",
              *(f"  {name:18} {value:7.2f} %   (chance {chance[name]:.2f} %)"

@@ -24,7 +24,17 @@ import linear_eval
 
 MACHINE = ["--device", "cpu", "--threads", "1", "--workers", "0"]
 CPU = torch.device("cpu")
-QUICK = [*MACHINE, "--lrs", "3", "30", "--weight-decays", "0", "1e-4", "--epochs", "3"]
+
+
+def quick(argv):
+    """Flags of a small evaluation; those of the fast probe where it is the mode."""
+    flags, recipe = [*MACHINE], "--recipe" in argv and argv[argv.index("--recipe") + 1]
+    if "features" not in argv:
+        flags += ["--epochs", "3"]
+    if "--mode" not in argv and recipe in (False, "fast") and (recipe or "--fraction" not in argv):
+        for grid in (["--lrs", "3", "30"], ["--weight-decays", "0", "1e-4"]):
+            flags += grid * (grid[0] not in argv)
+    return [*flags, *argv]
 
 
 def shapes_tables(args):
@@ -66,14 +76,14 @@ def build_parser():
 
 
 def run(tmp_path, *argv, name="out.json"):
-    linear_eval.main([*QUICK, "--out", str(tmp_path / name), *argv])
+    linear_eval.main(quick(["--out", str(tmp_path / name), *argv]))
     return json.loads((tmp_path / name).read_text())
 
 
 def fails(capsys, *argv, status=2):
     """The one line of an error."""
     with pytest.raises(SystemExit) as stopped:
-        linear_eval.main([*QUICK, *argv])
+        linear_eval.main(quick(argv))
     text = capsys.readouterr().err.strip()
     last = text.split("\n")[-1]
     assert stopped.value.code == status and "Traceback" not in text
@@ -181,7 +191,8 @@ def test_every_format_gives_the_same_network(name, tmp_path):
     ("keyEncoder.", "queryEncoder."), ("encoder_k.", "encoder_q."), ("ema.", "net."),
     ("ema_model.module.", "model.module."), ("momentum_encoder.", "base_encoder."),
     ("target_encoder.net.", "online_encoder.net."), ("teacher.backbone.", "student.backbone."),
-    ("slow_net.", "fast_net."),
+    ("slow_net.", "fast_net."), ("momentum_contrast.encoder_k.", "momentum_contrast.encoder_q."),
+    ("mean_model.teacher.", "mean_model.student."),
     ("model_ema.", "model."), ("netK.", "netQ."), ("encoder.k.", "encoder.q.")])
 @pytest.mark.parametrize("nested", [False, True])
 def test_of_two_networks_the_trained_one_is_taken(slow, fast, nested):
@@ -192,6 +203,15 @@ def test_of_two_networks_the_trained_one_is_taken(slow, fast, nested):
             both = {p + n: x for p, state in both.items() for n, x in state.items()}
         loaded = common.load_backbone("file", dict(epoch=1, state_dict=both))[0].state_dict()
         assert all(torch.equal(loaded[n], q[n]) for n in q)
+
+
+def test_a_network_that_fits_equally_well_is_named():
+    last, best = (network("resnet-tiny", "imagenet", seed).state_dict() for seed in (1, 2))
+    loaded, about = common.load_backbone("file", dict(last=last, best=best))
+    assert torch.equal(loaded.conv1.weight, last["conv1.weight"]) and about["rivals"] == ["best/"]
+    assert "'best/*' fits equally well" in common.describe_weights("file", about)
+    about = common.load_backbone("file", dict(model=last, model_ema=best))[1]
+    assert about["rivals"] == [] and "equally" not in common.describe_weights("file", about)
 
 
 def test_files_that_do_not_fit(tmp_path, capsys):
@@ -248,10 +268,11 @@ def test_trained_resnet18_loads_into_torchvision(trained):
 
 
 def test_checkpoint_alone_brings_its_flags(trained, tmp_path, capsys):
-    linear_eval.main([*QUICK, "--checkpoint", str(trained / "checkpoint.pt")])
+    linear_eval.main(quick(["--checkpoint", str(trained / "checkpoint.pt")]))
     record = json.loads((trained / "linear_eval-fast-coarse.json").read_text())
     assert (record["method"], record["step"], record["seed"]) == ("clinfonce", 3, 3)
-    assert record["data"] == dict(train=48, test=96, classes=6, notes=[])
+    assert record["data"] == dict(train=48, test=96, classes=6, notes=[
+        "kNN: K = 48, all training images, not 200"])
     assert record["backbone"]["loaded"] == 120 and record["backbone"]["arch"] == "resnet18"
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     knn = [line["knn_top1"] for line in log if "knn_top1" in line]
@@ -365,7 +386,7 @@ def test_small_bank(tmp_path, capsys):
     """R@k of more rows than a column has is left out, with a note."""
     record = run(tmp_path, "--checkpoint", "none", "--label", "pattern", "--limit-train", "16")
     note = "column pattern: R@20 left out, as only 16 training images have a value"
-    assert record["data"]["notes"] == [note] and note in capsys.readouterr().out
+    assert record["data"]["notes"][0] == note and note in capsys.readouterr().out
     assert list(record["results"]["retrieval"]["pattern"]) == ["R@1", "R@5", "R@10", "mAP@R"]
 
 
@@ -414,7 +435,7 @@ def test_networks_that_are_not_finite_give_no_figures(tmp_path, capsys, monkeypa
     none = ["--checkpoint", "none", "--out", str(tmp_path / "x.json"), "--weight-decays", "1e30",
             "--lrs", "1e30"]
     assert "fast probe with lr 1e+30: the logits are not finite" in fails(capsys, *none, status=1)
-    linear_eval.main([*QUICK, *none, "1e-30"])
+    linear_eval.main(quick([*none, "1e-30"]))
     choice = json.loads((tmp_path / "x.json").read_text())["results"]["choice"]
     assert choice["lr"] == 1e-30 and choice["grid"][0]["validation_top1"] == 0
     line = fails(capsys, "--checkpoint", "none", "--out", str(tmp_path / "y.json"), "--recipe",
@@ -596,8 +617,8 @@ def test_only_fine_tuning_changes_the_backbone(recipe, rate, tmp_path, monkeypat
     file = tmp_path / "file.pt"
     torch.save(network("resnet-tiny", "imagenet", 5).state_dict(), file)
     record = run(tmp_path, "--checkpoint", str(file), "--recipe", recipe, "--epochs", "2",
-                 "--batch-size", "48", "--fraction", "0.5", "--label", "coarse", "--lr-backbone",
-                 rate)
+                 "--batch-size", "48", "--fraction", "0.5", "--label", "coarse", *(
+                     ["--lr-backbone", rate] if recipe == "semi-10" else []))
     (backbone, _), before = seen
     after = backbone.state_dict()
     statistics = {k for k in before if "running" in k or "num_batches" in k}
@@ -689,7 +710,7 @@ def case_features(folder):
                  "16")
     data = common.Data(*blob_tables(args), args, CPU)
     with mock.patch.object(linear_eval, "PART", 5):
-        linear_eval.write_features(args, data, network_of(False))
+        linear_eval.write_features(args, data, network_of(False), "ab")
     if common.rank() > 0:
         return None
     with np.load(path) as file:
@@ -763,7 +784,7 @@ def test_features_of_files(tmp_path, capsys, monkeypatch):
     line = fails(capsys, *argv, "--features-type", "float16", "--out", str(tmp_path / "g.json"),
                  status=1)
     assert "features as float16 are not finite" in line
-    assert not list(tmp_path.glob("g*"))
+    assert not list(tmp_path.glob("g.npz*"))
     monkeypatch.undo()
     argv[-1] = str(tmp_path / "f.npz")
     assert f"--features {tmp_path}/f.npz exists; name a new file" in fails(
@@ -787,6 +808,114 @@ def test_features_of_the_fast_mode(tmp_path):
     with Image.open(tmp_path / "e.png") as picture:
         assert picture.size == (1140, 840)
         assert len(set(picture.convert("RGB").getdata())) > 100  # in colours
+
+
+def test_class_names_beside_features(tmp_path, monkeypatch):
+    """names[y[i]] is the class of row i, also where classes are left out, or have no names."""
+    train, test = shapes_tables(None)
+    labels, names = train.columns["label"], train.classes["label"]
+    few = (labels == 1) | (labels == 20)
+    train = train.select(torch.cat([(~few).nonzero()[:, 0], few.nonzero()[:, 0][:3]]))
+    for table in (train, test):
+        table.columns["id"] = table.columns["label"] + 100
+    monkeypatch.setitem(common.SOURCES, "shapes", lambda args: (train, test))
+    for label, true in (("label", lambda c: names[c]), ("id", lambda c: str(c + 100))):
+        run(tmp_path, "--checkpoint", "none", "--min-per-class", "5", "--label", label,
+            "--features", str(tmp_path / f"{label}.npz"), name=f"{label}.json")
+        with np.load(tmp_path / f"{label}.npz") as file:
+            assert len(file["classes"]) == 22
+            found = file["classes"][file["train_labels"]].tolist()
+            rows = {int(i): row for row, i in enumerate(train.index)}
+            of_row = [int(train.columns["label"][rows[i]]) for i in file["train_rows"].tolist()]
+        assert found == [true(c) for c in of_row]
+
+
+def test_results_outlive_a_file_that_cannot_be_written(tmp_path, capsys):
+    """A path that cannot work is refused at the start; a later failure leaves the results."""
+    argv = ["--checkpoint", "none", "--out", str(tmp_path / "out.json")]
+    (tmp_path / "file").write_text("")
+    for flag in ("save", "features", "embedding", "picture"):
+        assert f"{tmp_path}/file/x cannot be written; use another --{flag}" in fails(
+            capsys, *argv, f"--{flag}", str(tmp_path / "file/x"))
+        assert f"--{flag} {tmp_path}/file exists" in fails(
+            capsys, *argv, f"--{flag}", str(tmp_path / "file"))
+    x = str(tmp_path / "x")
+    assert "needs a name of its own" in fails(capsys, *argv, "--save", x, "--features", x)
+    assert "needs a name of its own" in fails(capsys, *argv[:2], "--out", x, "--save", x)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with mock.patch.object(torch, "save", side_effect=OSError(28, "No space left on device")):
+        assert "No space left" in fails(capsys, *argv, "--save", x, status=1)
+    assert json.loads((tmp_path / "out.json").read_text())["results"]["knn"]
+
+
+@pytest.mark.parametrize("argv", [
+    "--lr 1", "--crop 0.5 1", "--schedule steps", "--lr-backbone 1", "--log-every 5",
+    "--mode features --features x --fraction 0.5", "--mode features --features x --min-per-class 2",
+    "--recipe moco --lrs 5", "--recipe moco --retrieval-labels coarse", "--recipe semi-1 --knn-k 3",
+    "--subset rows.txt --recipe fast --fraction 0.1", "--features-type float16",
+    "--data-dir x", "--train-file x", "--compile"])
+def test_flags_that_would_do_nothing(capsys, argv):
+    unused = next(word for word in reversed(argv.split()) if word.startswith("--"))
+    with pytest.raises(SystemExit) as stopped:
+        linear_eval.main([*MACHINE, "--checkpoint", "none", *argv.split()])
+    assert stopped.value.code == 2
+    assert f"error: {unused} is not used " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, text", [
+    ("--lrs -1", "--lrs -1.0 must be above 0"), ("--weight-decays -1", "--weight-decays -1.0 at"),
+    ("--recipe moco --init-std=-1", "--init-std must be at least 0"),
+    ("--recipe semi-1 --lr-backbone=-1", "--lr-backbone must be at least 0"),
+    ("--lrs 1 --lrs 3", "--lrs is written twice: write all its values after one")])
+def test_values_that_cannot_work(capsys, argv, text):
+    with pytest.raises(SystemExit) as stopped:
+        linear_eval.main([*MACHINE, "--checkpoint", "none", *argv.split()])
+    assert stopped.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_a_foreign_file_with_a_key_named_format(tmp_path):
+    """It is no checkpoint of this project."""
+    state = network("resnet-tiny", "imagenet", 1).state_dict()
+    torch.save(dict(format=1, state_dict=state), tmp_path / "file.pt")
+    assert run(tmp_path, "--checkpoint", str(tmp_path / "file.pt"))["method"] is None
+
+
+def test_the_images_and_statistics_of_the_training(trained, tmp_path):
+    """With another label or seed it is still the training's subset, and on another data set the
+    network sees images with the mean and standard deviation that it was trained with."""
+    path = str(trained / "checkpoint.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    expected = common.balanced_rows(shapes_tables(None)[0].columns["coarse"], 48, 3)
+    for more in ([], ["--label", "label"], ["--seed", "8"]):
+        data = linear_eval.load_labelled(parsed(path, *more), CPU)[0]
+        assert torch.equal(data.train.index, expected)
+    own = parsed(path, "--limit-train", "48", "--seed", "8")
+    assert not torch.equal(linear_eval.load_labelled(own, CPU)[0].train.index, expected)
+    assert parsed(path).mean is None  # those of the data set
+    assert parsed(path, "--dataset", "stl10").mean == [0.5] * 3
+    assert parsed(path, "--dataset", "stl10", "--std", "1", "1", "1").std == [1.0] * 3
+    checkpoint["args"].update(std=[0.1, 0.2, 0.3], dataset="stl10-full")
+    torch.save(checkpoint, tmp_path / "other.pt")
+    args = parsed(str(tmp_path / "other.pt"), "--dataset", "stl10")
+    assert args.mean == list(common.IMAGENET[0]) and args.std == [0.1, 0.2, 0.3]
+
+
+def parsed(path, *argv):
+    return build_parser().parse_args([*MACHINE, "--checkpoint", path, *argv])
+
+
+def test_notes_on_what_is_missing(tmp_path, capsys):
+    """Classes that --subset lacks, and a K above the number of images."""
+    (tmp_path / "rows.txt").write_text("\n".join(map(str, range(30))))
+    run(tmp_path, "--checkpoint", "none", "--subset", str(tmp_path / "rows.txt"), "--recipe",
+        "fast")
+    out = capsys.readouterr().out
+    missing = 24 - shapes_tables(None)[0].columns["label"][:30].unique().numel()
+    assert f"--subset has no image of {missing} of the 24 classes" in out and missing > 0
+    assert "kNN: K = 30, all training images, not 200" in out
+    assert "protocol: recipe fast; shapes (synthetic) at 32 pixels, column label" in out
+    run(tmp_path, "--checkpoint", "none", "--mode", "linear", "--batch-size", "48", name="b.json")
+    assert "protocol: recipe fast, --mode linear; " in capsys.readouterr().out
 
 
 def test_an_evaluation_again_with_files(tmp_path, capsys):
@@ -819,8 +948,8 @@ def test_embedding_is_a_projection_on_principal_components(tmp_path, monkeypatch
 def test_saved_networks_load_in_torchvision(tmp_path, recipe, capsys):
     """The state dict of --save, loaded strictly, has the accuracy that the JSON gives."""
     argv = ["--checkpoint", "none", "--arch", "resnet18", "--label", "coarse", "--recipe", recipe,
-            "--save", str(tmp_path / "n.pth"), "--fraction", "0.5", "--lr", "0.05"]
-    argv += ["--batch-size", "40", "--epochs", "1"] if recipe != "fast" else []
+            "--save", str(tmp_path / "n.pth"), "--fraction", "0.5"]
+    argv += ["--batch-size", "40", "--epochs", "1", "--lr", "0.05"] if recipe != "fast" else []
     results = run(tmp_path, *argv)["results"]
     theirs = torchvision.models.resnet18(num_classes=6)
     theirs.load_state_dict(torch.load(tmp_path / "n.pth", weights_only=True), strict=True)

@@ -346,7 +346,9 @@ def test_one_image_a_class(tmp_path, capsys):
     found = run(tmp_path, "--checkpoint", "none", "--limit-train", "24", "--bootstrap", "0")
     assert found["data"]["train"] == 24
     assert all(0 < v < 100 for s in found["results"]["unseen"].values() for v in s.values())
-    assert "24 classes have no more training images than features" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "24 classes have no more training images than features" in out
+    assert out.count("headline: gaussian\n") == 1 and "bootstrap" not in out
 
 
 # ---------------------------------------------------------------------------------- bad input
@@ -369,6 +371,9 @@ NONE = [*MACHINE, "--checkpoint", "none"]
     (["--k", "241"], ["--k 241: there are 240 training images"]),
     (["--bootstrap", "-1"], ["--bootstrap"]),
     (["--micro-batch", "8"], ["--micro-batch is not used by ood_eval.py, which trains nothing"]),
+    (["--lr", "1"], ["--lr is not used by ood_eval.py, which trains nothing"]),
+    (["--knn-k", "5"], ["--knn-k is not used by ood_eval.py, whose k-NN has --k"]),
+    (["--outliers", "x=a.npz", "--outliers", "unseen"], ["--outliers is written twice"]),
     (["--label", "kind"], ["'kind'", "label, coarse"]),
     (["--outliers", "cifar"], ["--outliers cifar: write unseen, another data set", "NAME=FILE"]),
     (["--outliers", "shapes"], ["--outliers shapes: write unseen, another data set (cifar10,"]),
@@ -425,5 +430,6 @@ def test_classes_and_checkpoints(refused, tmp_path, monkeypatch, rendered):
 def test_results_of_other_flags_are_kept(tmp_path, refused):
     run(tmp_path, "--checkpoint", "none", name="o.json")
     refused([*NONE, "--ridge", "0.01"], "holds results with other flags (--ridge 1e-06 -> 0.01)")
+    refused([*NONE, "--data-dir", "b"], "holds results with other flags (--data-dir data -> b)")
     (tmp_path / "o.json").write_text("{}")
     refused(NONE, "is no file of this script")

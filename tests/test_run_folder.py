@@ -246,7 +246,7 @@ def test_the_checkpoint_before_a_damaged_one_goes_on(run, refused_by, run_main, 
     line = refused_by(clinfonce.main, SMALL, run / "checkpoint.pt", "CRC", previous, "go on")
     assert f"remove {run}/checkpoint.pt" in line
     with pytest.raises(SystemExit) as stop:  # an evaluation says the same
-        linear_eval.main([*BASE, "--checkpoint", str(run / "checkpoint.pt")])
+        linear_eval.main([*BASE[:4], "--checkpoint", str(run / "checkpoint.pt")])
     assert stop.value.code == 2 and str(previous) in capsys.readouterr().err
     (run / "checkpoint.pt").unlink()
     assert common.load_checkpoint(previous)["step"] == 4
@@ -398,8 +398,9 @@ def test_pixels_and_captions_that_changed(tmp_path):
 @pytest.mark.parametrize("script", [linear_eval, ood_eval])
 def test_evaluations_warn_of_other_data(run, tmp_path, capsys, script, shapes_once):
     saved = checkpoint(run)
-    argv = [*BASE, "--checkpoint", str(run / "checkpoint.pt"), "--knn-k", "5"]
-    argv += ["--k", "5", "--bootstrap", "0"] if script is ood_eval else ["--epochs", "1"]
+    argv = [*BASE[:4], "--checkpoint", str(run / "checkpoint.pt")]
+    argv += ["--k", "5", "--bootstrap", "0"] if script is ood_eval else [
+        "--knn-k", "5", "--epochs", "1"]
     script.main([*argv, "--out", str(tmp_path / "a.json")])
     assert "warning" not in capsys.readouterr().out
     saved["data"]["training"]["pixels"] += 1
@@ -424,7 +425,7 @@ def test_keep_every(run, run_main, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "other").glob("*-*.pt")] == ["checkpoint-0002.pt"]
     assert differences(every, checkpoint(run)) == []  # a copy changes nothing
     for name in ("", "-0001"):  # each has its own file of results
-        linear_eval.main([*BASE, "--checkpoint", f"{run}/checkpoint{name}.pt", "--epochs", "1"])
+        linear_eval.main([*BASE[:4], "--checkpoint", f"{run}/checkpoint{name}.pt", "--epochs", "1"])
         record = json.loads((run / f"linear_eval-fast-label{name}.json").read_text())
         assert record["step"] == (4 if name else 8)
 
@@ -437,7 +438,7 @@ def test_no_checkpoint_is_kept_where_there_is_none(refused_by, tmp_path, capsys)
     refused_by(clinfonce.main, argv, "the loss is", "the last checkpoint is kept", status=1,
                says=["clusters"])
     with pytest.raises(SystemExit) as stop:  # an evaluation has none
-        linear_eval.main([*BASE, "--checkpoint", "none", "--recipe", "semi-10", "--lr", "1e38",
+        linear_eval.main([*BASE[:4], "--checkpoint", "none", "--recipe", "semi-10", "--lr", "1e38",
                           "--batch-size", "16", "--out", str(tmp_path / "a.json")])
     err = capsys.readouterr().err
     assert stop.value.code == 1 and "the loss is" in err and "checkpoint" not in err

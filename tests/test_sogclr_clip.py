@@ -649,6 +649,43 @@ def test_evaluate_a_checkpoint(run_main, tmp_path, capsys, monkeypatch):
     assert found["results"] == {k: v for k, v in last.items() if k not in ("step", "seconds")}
     assert found["chance"]["zero-shot top-1"] == pytest.approx(100 / 24)
     assert (tmp_path / "run/evaluate-shapes.png").stat().st_size > 10000
+    # the same command may write its file anew, another may not; flags of other data are refused
+    again = ["--evaluate", str(tmp_path / "run/checkpoint.pt"), "--device", "cpu", "--threads", "1"]
+    before = (tmp_path / "run/evaluate-shapes.json").read_bytes()
+    sogclr_clip.main([*again[:2], "--threads", "1", "--device", "cpu"])
+    assert (tmp_path / "run/evaluate-shapes.json").read_bytes() == before
+    (tmp_path / "run/checkpoint.pt").rename(tmp_path / "run/b.pt")
+    (tmp_path / "run/checkpoint.pt").symlink_to(tmp_path / "run/b.pt")
+    for argv, words in (([*again, "--mean", "0.1", "0.9", "0.1"], "other flags (--mean [0.5, "),
+                        (["--evaluate", str(tmp_path / "run/b.pt"), *again[2:]], "(--evaluate "),
+                        ([*again, "--data-dir", "x"], "--data-dir is not used by --dataset shapes"),
+                        ([*again, "--image-root", "x"], "--image-root is not used by --dataset"),
+                        ([*again, "--recipe", "flickr8k", "--data-dir", "x"], "flickr8k/test_ret")):
+        with pytest.raises(SystemExit) as stopped:
+            sogclr_clip.main(argv)
+        line = capsys.readouterr().err
+        assert stopped.value.code == 2 and words in line, line
+    assert (tmp_path / "run/evaluate-shapes.json").read_bytes() == before
+
+
+def test_published_weights_bring_their_mean_and_std(monkeypatch):
+    """Not those of OpenAI's CLIP, unless they are given."""
+    import open_clip
+
+    def create_model(name, tag, **options):  # without the download
+        clip = make(name, **options)
+        if tag:
+            open_clip.set_model_preprocess_cfg(clip, dict(mean=(0.1, 0.2, 0.3), std=(1, 1, 1)))
+        return clip
+
+    make = open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    for tag, argv, mean in (("x", [], [0.1, 0.2, 0.3]), (None, [], None),
+                            ("x", ["--mean", "1", "0", "1"], [1, 0, 1])):
+        args = flags("--model", "ViT-S-32-alt", "--image-size", "64", *argv)
+        args.pretrained = tag
+        sogclr_clip.towers(args)
+        assert args.mean == mean and (args.std is None) == (tag is None)
 
 
 class Means(nn.Module):
@@ -736,6 +773,7 @@ def test_evaluate_on_another_data_set(run_main, tmp_path):
     for name, old in (("shapes", [0.4] * 3), ("cifar100", [0.4] * 3), ("cifar100", None)):
         checkpoint["args"].update(dataset=name, mean=old)
         torch.save(checkpoint, path)
+        (tmp_path / "run/evaluate-shapes.json").unlink(missing_ok=True)
         sogclr_clip.main(["--evaluate", str(path), "--dataset", "shapes", "--device", "cpu"])
         args = json.loads((tmp_path / "run/evaluate-shapes.json").read_text())["args"]
         mean, std = common.MEAN_STD[name]
