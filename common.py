@@ -44,6 +44,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ def print_rank0(text):
 
 def run(train, parser, argv=None):
     """Parse the flags and call train(args); an expected error is one line and an exit status."""
+    if hasattr(sys.stdout, "reconfigure"):  # file names may be no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _open:  # closed before a message, which would stand on the progress bar's line
             train(parser.parse_args(argv))
@@ -421,7 +424,10 @@ MEAN_STD = {  # channel mean and standard deviation; other data sets use ImageNe
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "captions": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-SKIPPED = re.compile(r"[.#$@]|__MACOSX$|lost\+found$", re.I)  # what systems and tools leave
+SKIPPED = re.compile(  # what systems and tools leave
+    r"\.|[@#](eaDir|tmp|recycle|recently-snapshot|snapshot|Syno\w*)$|"
+    r"\$(RECYCLE\.BIN|AV_\w+)$|__MACOSX$|lost\+found$", re.I)
+warnings.filterwarnings("ignore", module="PIL")  # one for each image of a kind, in each process
 SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|eval|dev)"
                    r"([-_ .]?(set|data|split|images|imgs))?[-_ .]?\d*", re.I)
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|valid|test)(ing|idation)?(?![a-z])", re.I)
@@ -476,7 +482,8 @@ def read_names(flag, path, known):
 def open_image(file):
     """RGB image of PIL from a path, a path of `Members` or a binary file.
 
-    As in torchvision, it is the first frame, and EXIF's orientation is ignored. 16 bits become 8.
+    As in torchvision, it is the first frame, EXIF's orientation is ignored, and a transparent pixel
+    has the colour that is stored under it, often black. 16 bits become 8.
     Raises: what Pillow raises; ValueError for 12 or 32 bits and fractions, of unknown range.
     """
     if isinstance(file, str) and (member := MEMBER.fullmatch(file)):
@@ -730,17 +737,22 @@ def _unpack(path, arrays, test):
         if x.shape != shapes[key] or x.dtype.kind not in "iub" and key != "is_test":
             raise BadInput(f"npz pack {path}: {key} is {x.dtype} {x.shape}; it takes integers of "
                            f"shape {shapes[key]}, as there are {n} images")
+    rename = {"labels": "label", "coarse_labels": "coarse"}
+    every = [rename.get(name, name) for name in (*arrays.keys() - {"attributes"}, *names)]
+    if twice := [name for name, count in collections.Counter(every).items() if count > 1]:
+        raise BadInput(f"npz pack {path} has two columns named {twice[0]!r}")
     arrays |= zip(names, arrays.pop("attributes").T)
     rows, is_test = np.arange(n), arrays.pop("is_test", None)
+    if is_test is not None and not np.isin(is_test, (0, 1)).all():
+        raise BadInput(f"npz pack {path}: is_test holds other values than 0 and 1")
     if test is not None:
         if is_test is None:
             raise BadInput(f"npz pack {path} has no array is_test; name a --test-file")
         rows = rows[is_test.astype(bool) == test]
-    rename = {"labels": "label", "coarse_labels": "coarse"}
     columns = {rename.get(key, key): torch.from_numpy(x[rows].astype(np.int64))
                for key, x in arrays.items() if x.shape == (n,) and x.dtype.kind in "iub"}
     keys = dict({c: f"values_{c}" for c in columns}, label="classes", coarse="coarse_classes")
-    classes = {c: [*map(str, arrays[key].tolist())] for c, key in keys.items() if key in arrays}
+    classes = {c: arrays[key].astype(str).tolist() for c, key in keys.items() if key in arrays}
     images = []
     for row in rows:
         try:
@@ -817,10 +829,11 @@ def class_folders(folder):
 def folder_table(folder, names):
     """Table of the images in the class folders `names`, or in the folder itself if there are none.
     BadInput if a class folder has no image, or looks like a folder of class folders."""
-    paths, labels, skipped = [], [], collections.Counter()
+    paths, labels, skipped, beside = [], [], collections.Counter(), collections.Counter()
     if names:
-        skipped["files beside the class folders"] = sum(
-            not entry.is_dir() for entry in _entries(folder, skipped))
+        beside.update(os.path.splitext(entry.name)[1].lower()
+                      for entry in _entries(folder, skipped) if not entry.is_dir())
+        skipped["files beside the class folders"] = beside.total()
     for label, name in enumerate(names or ["."]):
         images = list_images(folder / name, skipped)
         start = len(os.path.join(folder / name, ""))
@@ -832,6 +845,10 @@ def folder_table(folder, names):
             raise BadInput(f"folder {folder / name} has no image")
         paths += images
         labels += [label] * len(images)
+    loose = sum(n for ending, n in beside.items() if ending in IMAGE_ENDINGS)
+    if loose > len(paths):
+        raise BadInput(f"{folder} holds {loose} images beside its class folders, which hold "
+                       f"{len(paths)}: for a flat folder move {names[0]}/ away{LAYOUT}")
     return Table(dict(label=torch.tensor(labels)), dict(label=names or ["unlabelled"]), paths=paths,
                  source=str(folder), notes=skipped_notes(folder, skipped))
 
@@ -880,6 +897,9 @@ def _folder(args):
     return train, folder_table(test, names and (names if args.classes else found))
 
 
+MEANT = "path class image filepath caption title image_id key".split()  # columns with a meaning
+
+
 def read_rows(source):
     """The column names of a CSV, TSV or Parquet file, then its rows: lists of texts, one by one.
 
@@ -893,7 +913,11 @@ def read_rows(source):
 
             # with these types a whole number stays one where others of its column are missing
             frame = pandas.read_parquet(source, dtype_backend="numpy_nullable")
-            frame = frame.select_dtypes(exclude="object")  # lists, bytes and the like
+            other = frame.select_dtypes("object").columns  # lists, bytes and the like
+            if bad := [name for name in other if name in MEANT]:
+                raise BadInput(f"{source}: column {bad[0]} holds neither texts nor numbers; write "
+                               "one row for each value")
+            frame = frame.drop(columns=other)
             frame = frame.astype(object).where(frame.notna(), "")
             yield [*frame.columns]
             for row in frame.itertuples(index=False, name=None):
@@ -923,6 +947,9 @@ def read_rows(source):
 
 
 def _csv(args):
+    if (args.train_file is None) != (args.test_file is None):
+        raise BadInput("--dataset csv takes --train-file and --test-file, or neither: then they "
+                       "are meta_data_train.csv and meta_data_val.csv")
     files = args.train_file or "meta_data_train.csv", args.test_file or "meta_data_val.csv"
     return tuple(csv_table(Path(args.data_dir), file) for file in files)
 
@@ -960,7 +987,10 @@ def csv_table(root, file):
                            f"{values[texts[0]]!r} is not an integer")
         else:
             columns[name], classes[name] = ids_of(values)
-    numbers = ["" if v < 0 else str(v) for v in columns["class"].tolist()]
+    whole = {v.partition(".")[0] for v in fields["class"] if v}
+    if "class" not in classes and len(whole) > len({*map(int, whole)}):
+        raise BadInput(f"{source}, column class: two texts are one number, as 007 and 7 are")
+    numbers = ["" if v == -1 else str(v) for v in columns["class"].tolist()]
     columns["label"], classes["label"] = (columns["class"], classes["class"]) if (
         "class" in classes) else ids_of(numbers, int)
     files = [_inside(root, path, source, i) for path, i in zip(paths, index, strict=True)]
@@ -985,8 +1015,14 @@ def _captions(args):
     """Pairs of images and captions. Without --train-file the test file is both tables."""
     if args.test_file is None:
         raise BadInput("--dataset captions needs --test-file (and --train-file to train)")
+    if len(args.image_root) > 2:
+        raise BadInput(f"--image-root {shown(args.image_root)}: one folder, or one for the "
+                       "training images and one for the test images")
     test = captions_table(args.data_dir, args.test_file, args.image_root[-1])
     if args.train_file is None:
+        if args.method in METHODS and not vars(args).get("evaluate"):
+            raise BadInput("--dataset captions needs --train-file to train: the test file is for "
+                           "the evaluation")
         return test, test
     return captions_table(args.data_dir, args.train_file, args.image_root[0]), test
 
@@ -1032,7 +1068,7 @@ def captions_table(root, file, image_root=""):
             for text in texts:
                 reason = "no such file" if path is None else _caption_fault(text)
                 if reason:
-                    lost.append(f"entry {i} ({name}: {reason})")
+                    lost.append(f"{source.name}, entry {i} ({name}: {reason})")
                 else:
                     rows.append((path, text, record[0]))
     notes = _dropped(sources[0], lost, len(lost) + len(rows), "captions dropped", folder)
@@ -1132,7 +1168,7 @@ def shard_index(shard):
     """Arrays of one shard: offset and size of the images, text (UTF-8 bytes) and length of the
     captions, `lost`: texts on what was left out, stamp: size and time of the shard."""
     cache, about = Path(f"{shard}.index.npz"), os.stat(shard)
-    stamp = np.array([about.st_size, about.st_mtime_ns])
+    stamp = np.array([about.st_size, about.st_mtime_ns, 2])  # 2: the version of this index
     with contextlib.suppress(Exception), np.load(cache) as known:  # absent, broken: written anew
         if np.array_equal(known["stamp"], stamp):
             return {key: known[key] for key in ("offset", "size", "text", "length", "lost")}
@@ -1143,11 +1179,16 @@ def shard_index(shard):
                 if member.isfile():
                     folder, name = os.path.split(member.name)
                     name, _, ending = name.partition(".")
-                    members.setdefault(os.path.join(folder, name), {}).setdefault(
-                        f".{ending.lower()}", (member.offset_data, member.size))
+                    of, ending = members.setdefault(os.path.join(folder, name), {}), (
+                        f".{ending.lower()}")
+                    if ending in of and ending in IMAGE_ENDINGS:
+                        lost.append(f"{member.name}: a second image of that name")
+                    of.setdefault(ending, (member.offset_data, member.size))
             file.seek(tar.offset)
             if file.read(512) != bytes(512):
                 raise ValueError(f"no header and no end at byte {tar.offset}; truncated?")
+            if file.read(2 ** 15).strip(b"\0"):
+                raise ValueError(f"another archive follows its end at byte {tar.offset}")
 
         def content(place):
             file.seek(place[0])
@@ -1161,8 +1202,9 @@ def shard_index(shard):
                 fault = "no image" if place is None else _caption_fault(text)
             except Exception as error:  # json raises many kinds; its caption may be no text
                 fault = f"its caption cannot be read ({error!r})"
-            if fault:
-                lost.append(f"{name}: {fault}")
+            if fault:  # of each image where a name has dots: cam.0001.jpg, cam.0002.jpg
+                dotted = [e for e in of if os.path.splitext(e)[1] in IMAGE_ENDINGS]
+                lost += [f"{name}{e}: {fault}" for e in dotted] or [f"{name}: {fault}"]
             else:
                 pairs.append((*place, text.encode()))
     offset, size, texts = zip(*pairs) if pairs else ((), (), ())
@@ -1232,6 +1274,16 @@ def data_notes(checkpoint, args, data):
     return [f"warning: the checkpoint was trained with other data ({changed})"] if changed else []
 
 
+def _images_once(table):
+    """The table with the first row of every image that has several captions."""
+    ids = table.columns.get("image_id", table.index)
+    first = np.unique(ids, return_index=True)[1]
+    if len(first) == len(table):
+        return table
+    table.notes.append(f"{table.source}: {len(first)} images for {len(table)} captions")
+    return table.select(torch.from_numpy(first).sort().values)
+
+
 def load(args, device):
     """Read --dataset into a `Data`."""
     train, test = SOURCES[args.dataset](args)
@@ -1240,6 +1292,12 @@ def load(args, device):
         table.fingerprint = fingerprint(table)
     for table in (train, test):
         table.column(args.label)  # it must be there
+    if args.method in METHODS[:-1]:  # of images alone: a row for each, not for each caption
+        train, test = map(_images_once, (train, test))
+    if train is not test and None not in (train.paths, test.paths):
+        held_out = {*test.paths}
+        if n := len({path for path in train.paths if path in held_out}):
+            test.notes.append(f"warning: {n} of the test images are training images too")
     if args.limit_train is not None:  # an evaluation takes the images of the training
         label, seed = vars(args).get("drawn_by") or (args.label, args.seed)
         train = train.select(balanced_rows(train.column(label), args.limit_train, seed))
@@ -2605,7 +2663,14 @@ def _load_run(state, args):
 
 
 def start_run(state, args, data, aug, evaluate):
-    """Before the first step: log the dict that evaluate() returns, save views.png, checkpoint."""
+    """Before the first step: print how many images there are and what was dropped, log the dict
+    that evaluate() returns, save views.png and a checkpoint."""
+    rows = "image-caption pairs" if "image_id" in data.train.columns else "images"
+    unlabelled = [f"{n} {name} images without a {args.label}" for name, table in (
+        ("training", data.train), ("test", data.test)) if 0 < (n := int(
+            (table.columns[args.label] < 0).sum())) < len(table)]
+    print_rank0("\n".join([f"{len(data.train)} training and {len(data.test)} test {rows}",
+                           *unlabelled, *state["log"].header["data"]["notes"]]))
     with state["log"].pause() as begin:
         state["log"].write(step=0, **evaluate(), seconds=round(time.time() - begin, 1))
         views_picture(data, aug, f"{args.out}/views.png")

@@ -394,7 +394,8 @@ def embedding_picture(args, h, labels, names, most=4000):
     axis.scatter(*points.T, s=14, alpha=0.65, lw=0, color=[
         colours[shown.index(c)] if c >= 0 else "0.8" for c in y.tolist()])
     for c, colour in zip(shown, colours):
-        name = str(names[c]) if names else str(c)
+        name = str(names[c]) if names else str(c)  # no formula, and no letter that is no Unicode
+        name = name.replace("$", r"\$").encode(errors="replace").decode()
         if few:
             axis.annotate(name, np.median(points[y == c], 0), ha="center", va="center", size=11,
                           weight="bold", bbox=dict(boxstyle="round", fc="white", ec=colour))

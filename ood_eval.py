@@ -375,7 +375,7 @@ def evaluate(args, checkpoint):
     print(f"in-distribution: {common.source(args)}, column {args.label}, fitted to "
           f"{len(data.train)} training images, {len(data.test)} test images; outliers: "
           f"{', '.join(f'{name} {len(t)}' for name, t in sets)}")
-    for note in [note for _, table in sets for note in table.notes]:
+    for note in [note for table in tables for note in table.notes]:
         print(note)
     print("\n".join([*result_lines(results, intervals), "  percent; headline: gaussian" +
                      "; [95 % bootstrap interval over images]" * (args.bootstrap > 0)]))

@@ -452,8 +452,11 @@ class Pairs:
 
 
 def in_memory(data, table, limit=20000):
-    """Decode the images of a small table once, to 1.5 times the training size."""
-    ids = table.columns.get("image_id")
+    """Decode the images of a small table once, to 1.5 times the training size; not for
+    --randaugment, which only workers do."""
+    ids, more = table.columns.get("image_id"), data.args.randaugment
+    if more and more[0] and table is data.train:
+        return
     if table.paths is None or ids is None or len(rows := first_rows(ids)) > limit:
         return
     side = round(1.5 * data.args.image_size)
@@ -1104,7 +1107,7 @@ def evaluate_checkpoint(args):
     if retrieved:
         retrieval_picture(path.with_suffix(".png"), data, pairs, retrieved)
         lines.append(f"  picture            {path.with_suffix('.png')}")
-    common.print_rank0("\n".join(lines))
+    common.print_rank0("\n".join([*data.test.notes, *lines]))
 
 
 def authors_rate(step, steps_per_epoch, epochs, lr, warmup, floor=1e-5, start=1e-5):

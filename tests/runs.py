@@ -161,7 +161,8 @@ def refused_by(tmp_path, capsys, shapes_once):
     """refused_by(main, flags, *words, status=2, out=run folder, says=()): a script refuses its
     flags with one line that holds the words, the exit status, and nothing overwritten.
 
-    says: how lines on standard output may begin.
+    says: how lines on standard output may begin, besides that on the number of images, which
+    comes last before the training.
     """
     def refused(main, argv, *words, status=2, out=tmp_path / "run", says=()):
         before = contents(out)
@@ -174,7 +175,8 @@ def refused_by(tmp_path, capsys, shapes_once):
         assert [s for s in lines if s not in bar] == lines[-1:], printed.err
         assert lines[-1].startswith(f"{main.__module__}.py: error: ")
         assert printed.err.endswith(lines[-1] + "\n")
-        assert all(s.startswith(tuple(says)) for s in printed.out.splitlines()), printed.out
+        assert all(s.startswith(tuple(says)) or says and re.match(r"\d+ training and \d+ test ", s)
+                   for s in printed.out.splitlines()), printed.out
         assert stop.value.code == status
         missing = [w for w in map(str, words) if w not in lines[-1]]
         assert not missing, f"{missing} not in: {lines[-1]}"

@@ -259,6 +259,24 @@ def test_folder_passes_over_what_is_hidden_and_says_so(tmp_path):
     assert data.test.notes == []
 
 
+def test_folders_are_classes_whatever_their_names_begin_with(tmp_path):
+    counts = {f"{split}/{name}": 1 for split in ("train", "val")
+              for name in ("#win", "$cash", "@alice", "a", "@eaDir", "#recycle", "$RECYCLE.BIN")}
+    data = read("--dataset", "folder", "--data-dir", write_folder(tmp_path, counts),
+                "--batch-size", "1")
+    assert data.train.classes["label"] == ["#win", "$cash", "@alice", "a"]
+
+
+def test_a_stray_folder_among_loose_images(tmp_path):
+    """Loose images are passed over where there are classes, but not more than those have."""
+    write_folder(tmp_path, {".": 30, "edited": 20})
+    with pytest.raises(common.BadInput, match="holds 30 images beside its class folders, which "
+                                              "hold 20: for a flat folder move edited/ away"):
+        read("--dataset", "folder", "--data-dir", tmp_path)
+    write_folder(tmp_path, {"edited": 31})
+    assert len(read("--dataset", "folder", "--data-dir", tmp_path).train) == 25
+
+
 def test_all_endings_that_pillow_reads(tmp_path):
     for i, ending in enumerate(("pgm", "gif", "jfif", "PNG", "jp2", "tga", "ico")):
         write_image(tmp_path / f"train/cat/{i}.{ending}", i)
@@ -290,14 +308,17 @@ def test_images_without_a_known_range_are_refused(tmp_path, values):
 
 def test_flat_folder_of_unlabelled_images_trains_without_knn(tmp_path, capsys):
     write_folder(tmp_path / "images", {".": 20})
+    (tmp_path / "images/a.heic").write_text("not read")
     clinfonce.main(["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--out",
                     str(tmp_path / "run"), "--device", "cpu", "--threads", "1", "--workers", "0",
                     "--batch-size", "8", "--epochs", "1", "--clusters", "instance"])
     lines = [json.loads(s) for s in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[0]["data"] == dict(train=16, test=4, notes=[])
+    note = f"{tmp_path}/images: passed over 1 .heic"
+    assert lines[0]["data"] == dict(train=16, test=4, notes=[note])
     assert lines[-2]["step"] == 2 and lines[-2]["loss"] > 0
     assert [r.get("knn_top1") for r in lines] == [None] * len(lines)
-    assert "kNN" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "kNN" not in out and f"16 training and 4 test images\n{note}\n" in out
 
 
 # ---------------------------------------------------------------------------------- csv
@@ -450,8 +471,10 @@ def test_missing_images_below_one_percent_are_dropped_and_logged(tmp_path):
     assert numbers(data, data.train) == kept
     assert data.train.notes == [f"{tmp_path}/meta_data_train.csv: 2 of 200 images are missing, "
                                 "the first is 3.png"]
+    # the one test image is 1.png
+    assert data.test.notes == ["warning: 1 of the test images are training images too"]
     header = common.Log(flags("--out", tmp_path / "run"), data).header
-    assert header["data"] == dict(train=198, test=1, notes=data.train.notes)
+    assert header["data"] == dict(train=198, test=1, notes=data.train.notes + data.test.notes)
 
 
 def test_missing_images_above_one_percent_stop(tmp_path):
@@ -589,6 +612,7 @@ def test_caption_files_that_cannot_be_used(tmp_path, text, words):
 
 def write_shard(path, samples):
     """A tar archive of samples (name, ending -> bytes), as img2dataset writes them."""
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, members in samples:
             for ending, content in members.items():
@@ -687,6 +711,91 @@ def test_broken_member_is_named(shards):
         numbers(data, table)
 
 
+def test_pairs_that_a_shard_would_hide(tmp_path):
+    """Equal names, dots in names (one sample of WebDataset), and archives that were joined."""
+    one = dict(png=encoded(1), txt=b"one")
+    write_shard(tmp_path / "a/0.tar", [(f"{i:03}", one) for i in range(300)])
+    assert common.captions_table(tmp_path, "a").notes == []
+    for name, samples, lost in (
+            ("twice", [(f"{i % 200:03}", one) for i in range(300)], 100),
+            ("dots", [(f"{i:03}" if i < 200 else f"cam.{i:03}", one) for i in range(300)], 100)):
+        write_shard(tmp_path / name / "0.tar", samples)
+        with pytest.raises(common.BadInput, match=f": {lost} of 300 pairs left out"):
+            common.captions_table(tmp_path, name)
+    (tmp_path / "joined").mkdir()
+    (tmp_path / "joined/0.tar").write_bytes(2 * (tmp_path / "a/0.tar").read_bytes())
+    with pytest.raises(common.BadInput, match="0.tar cannot be read: another archive follows"):
+        common.captions_table(tmp_path, "joined")
+    index = dict(np.load(tmp_path / "a/0.tar.index.npz"))
+    np.savez(tmp_path / "a/0.tar.index.npz", **dict(  # written before these were counted
+        index, stamp=index["stamp"][:2], lost=np.array(["old"])))
+    assert common.captions_table(tmp_path, "a").notes == []
+
+
+def test_captions_for_a_method_of_images_alone(tmp_path):
+    """An image with several captions is one row, else it would be a negative of itself."""
+    write_folder(tmp_path, {".": 8})
+    entries = [dict(image=f"{i:04}.png", caption=["one", "two", "three"]) for i in range(8)]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    argv = ["--dataset", "captions", "--data-dir", tmp_path, "--test-file", "a.json"]
+    args = flags(*argv, "--train-file", "a.json")
+    assert len(common.load(args, CPU).train) == 24
+    args.method = "wcl"
+    data = common.load(args, CPU)
+    assert numbers(data, data.train) == numbers(data, data.test) == [*range(8)]
+    assert data.train.notes == [f"{tmp_path}/a.json: 8 images for 24 captions"]
+    assert data.test.notes[1:] == ["warning: 8 of the test images are training images too"]
+    args = flags(*argv)
+    assert len(common.load(args, CPU).train) == 24  # an evaluation needs no training file
+    args.method = "sogclr_clip"
+    with pytest.raises(common.BadInput, match="needs --train-file to train: the test file is for"):
+        common.load(args, CPU)
+    args.train_file, args.image_root = "a.json", ["", "", ""]
+    with pytest.raises(common.BadInput, match="--image-root .*: one folder, or one for the train"):
+        common.load(args, CPU)
+
+
+def test_classes_that_would_become_one(tmp_path):
+    write_folder(tmp_path, {".": 3})
+    rows = "".join(f"{i:04}.png,{text}\n" for i, text in enumerate(("007", "7", "8")))
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("path,class\n" + rows)
+    argv = ["--dataset", "csv", "--data-dir", tmp_path, "--train-file", "a.csv"]
+    with pytest.raises(common.BadInput, match="column class: two texts are one number, as 007"):
+        read(*argv, "--test-file", "b.csv")
+    with pytest.raises(common.BadInput, match="takes --train-file and --test-file, or neither"):
+        read(*argv)
+
+
+def test_classes_below_0_are_classes(tmp_path):
+    """But for -1, which is unlabelled."""
+    write_folder(tmp_path, {".": 4})
+    (tmp_path / "a.csv").write_text("path,class\n" + "".join(
+        f"{i:04}.png,{text}\n" for i, text in enumerate(("-2", "-1", "0", "5"))))
+    table = common.csv_table(tmp_path, "a.csv")
+    assert column(table) == [0, -1, 1, 2] and table.classes["label"] == ["-2", "0", "5"]
+
+
+def test_packs_with_columns_that_would_hide_each_other(tmp_path):
+    images = [image(i) for i in range(4)]
+    ids = np.arange(4)
+
+    def refuses(words, **arrays):
+        path = write_pack(tmp_path / "a.npz", images, **arrays)
+        with pytest.raises(common.BadInput, match=words):
+            common.npz_table(path, test=False)
+
+    refuses("two columns named 'label'", labels=ids, label=ids[::-1], is_test=ids % 2)
+    refuses("two columns named 'label'", labels=ids, is_test=ids % 2,
+            attributes=ids[:, None], attribute_names=np.array(["labels"]))
+    refuses("two columns named 'a'", labels=ids, is_test=ids % 2,
+            attributes=np.stack([ids, ids], 1), attribute_names=np.array(["a", "a"]))
+    for is_test in (ids, ids - 1, np.array([0, 1, np.nan, 0]), np.array(list("0110"))):
+        refuses("is_test holds other values than 0 and 1", labels=ids, is_test=is_test)
+    path = write_pack(tmp_path / "b.npz", images, labels=ids % 2, classes=np.array([b"cat", b"x"]))
+    assert common.npz_table(path).classes["label"] == ["cat", "x"]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_lists_of_img2dataset(tmp_path, kind):
     """The format `files`: a list beside each folder of images; some were not downloaded."""
@@ -717,12 +826,19 @@ def test_parquet_with_missing_values(tmp_path, monkeypatch):
         image=[f"{i:04}.png" for i in range(3)], caption=["red", None, "blue"],
         image_id=pandas.array([2 ** 53 + 1, None, 7], "Int64"), captions=[["a", "b"]] * 3))
     path = tmp_path / "pairs.parquet"
-    try:
-        frame.to_parquet(path)
-    except ImportError:  # without pyarrow: what pandas makes of such a file
-        path.write_bytes(b"PAR1")
-        monkeypatch.setattr(pandas, "read_parquet", lambda source, dtype_backend: {
-            "numpy_nullable": frame.convert_dtypes()}[dtype_backend])
+
+    def write(frame):
+        try:
+            frame.to_parquet(path)
+        except ImportError:  # without pyarrow: what pandas makes of such a file
+            path.write_bytes(b"PAR1")
+            monkeypatch.setattr(pandas, "read_parquet", lambda source, dtype_backend: {
+                "numpy_nullable": frame.convert_dtypes()}[dtype_backend])
+
+    write(frame.rename(columns=dict(caption="title", captions="caption")))
+    with pytest.raises(common.BadInput, match="column caption holds neither texts nor numbers"):
+        list(common.read_rows(path))  # and the title is not taken instead
+    write(frame)
     assert list(common.read_rows(path)) == [
         ["image", "caption", "image_id"], ["0000.png", "red", str(2 ** 53 + 1)],
         ["0001.png", "", ""], ["0002.png", "blue", "7"]]

@@ -936,7 +936,7 @@ def test_embedding_is_a_projection_on_principal_components(tmp_path, monkeypatch
     plt = common.pyplot()
     monkeypatch.setattr(plt.Axes, "scatter", lambda self, x, y, **k: drawn.append((x, y)))
     monkeypatch.setattr(plt.Figure, "legend", lambda *a, **k: None)
-    linear_eval.embedding_picture(args, h, torch.arange(50) % 3 - 1, ["a", "b"])
+    linear_eval.embedding_picture(args, h, torch.arange(50) % 3 - 1, ["$a_$b", "no Unicode \udcff"])
     found = np.stack(drawn[0], 1)
     x = F.normalize(h.double(), dim=1)
     U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)

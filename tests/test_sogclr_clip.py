@@ -859,6 +859,18 @@ def test_ids_of_captions(captions):
     assert test.p.tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5, 6, 7, 7]
 
 
+def test_randaugment_of_captions(captions):
+    """Only workers do it, so the training images of a small set are not decoded at the start."""
+    argv = ["--dataset", "captions", "--data-dir", str(captions), "--train-file", "train.json",
+            "--test-file", "test.json", "--batch-size", "6", "--workers", "0"]
+    for more, there in ([], True), (["--randaugment", "2", "9"], False), (
+            ["--randaugment", "0", "0"], True):
+        data = common.load(flags(*argv, *more), torch.device("cpu"))
+        for table in (data.train, data.test):
+            sogclr_clip.in_memory(data, table)
+        assert (data.train.images is not None) == there and data.test.images is not None
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_train_on_captions(captions, tmp_path, monkeypatch, in_memory):
     """Image of every row of a batch, from memory and from workers; then a whole run."""
