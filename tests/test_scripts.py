@@ -179,7 +179,8 @@ def test_variants_stop_and_go_on_exactly(run, name, tmp_path, capsys):
     # what the flags say is in the checkpoint
     state, ids = whole["state"], whole["state"]["clusters"]["ids"]
     if name in COLUMNS:
-        data = common.load(SimpleNamespace(**whole["args"]), torch.device("cpu"))
+        args = SimpleNamespace(**whole["args"], method="clinfonce")
+        data = common.load(args, torch.device("cpu"))
         groups = list(zip(*(data.train.columns[c].tolist() for c in COLUMNS[name]), strict=True))
         # one id for a group, and one group for an id
         assert len(set(groups)) == len(ids.unique()) == len(set(zip(ids.tolist(), groups,
