@@ -2454,6 +2454,7 @@ def _find_resnet(weights, arch, stem):
              if x.ndim == 4 and x.shape[1] < 16)  # the convolution that reads images
     layouts, best = {}, None  # prefix -> name in torchvision's ResNet -> name in the file
     prefixes = [m[1] for m in first if m]
+    # what both names share says nothing: mean_model.teacher. and mean_model.student.
     shared = re.match(r"(.*[./_])?", os.path.commonprefix(prefixes), re.S).end()
     for prefix in prefixes:
         own = {k: k[len(prefix):].partition(".") for k in weights if k.startswith(prefix)}
