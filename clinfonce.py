@@ -366,11 +366,19 @@ class ClInfoNCE(nn.Module):
 
 
 class Clusters(nn.Module):
-    """Cluster id of every training image, (N,) int64. A module, so that it is saved."""
+    """Cluster id of every training image, (N,) int64. A module, so that it is saved. fixed: they
+    are not those of K-means, so a resumed run must begin with the same."""
 
-    def __init__(self, ids):
+    def __init__(self, ids, fixed=False):
         super().__init__()
+        self.fixed = fixed
         self.register_buffer("ids", ids.clone())
+
+    def load_state_dict(self, state, *options):
+        """Raises: ValueError if the run began with other clusters, as with another --hierarchy."""
+        if self.fixed and not torch.equal(state["ids"], self.ids.cpu()):
+            raise ValueError("the clusters are not those that the run began with")
+        return super().load_state_dict(state, *options)
 
     def update(self, model, data, args, epoch):
         """Run K-means on the embeddings (E8) on rank 0 and give the ids to all processes."""
@@ -399,7 +407,7 @@ def train(args):
         args.k = max(2, len(data.train) // 50)  # images a cluster as in imagenet100-kmeans
     ids, quality = auxiliary_ids(data.train, args)
     model = ClInfoNCE(args, quality["K"]).to(device, memory_format=common.memory_format(args))
-    clusters = Clusters(ids).to(device)
+    clusters = Clusters(ids, fixed=args.clusters != "kmeans").to(device)
     network = common.distribute(model, args, unused=args.dual)
     optimizer, scaler = common.optimizer(args, model), common.scaler(args, device)
     log = common.Log(args, data)

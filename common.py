@@ -2649,6 +2649,9 @@ def _load_run(state, args):
                        "another --out, or the same flags to go on" + longer * (
                            f"; to train for longer: --init {args.out}/checkpoint.pt --out NEW"))
     if "state" not in old:
+        if re.search('^{"step": [1-9]', log.path.read_text(), re.M):
+            raise BadInput(f"{log.path} tells of steps, but {path.parent} has no checkpoint.pt: "
+                           "copy a checkpoint there to go on, or use another --out")
         return 0
     if changed := changed_data(old.get("data") or {}, log.header["fingerprint"]):
         raise BadInput(f"{args.out} holds a run with other data ({', '.join(changed)}); put them "
@@ -2684,11 +2687,11 @@ def end_step(step, state, args, data, evaluate):
     if data.end_of_epoch(step, every=args.knn_every):
         with state["log"].pause() as begin:
             state["log"].write(step=step + 1, **evaluate(), seconds=round(time.time() - begin, 1))
+    epoch, rest = divmod(step + 1, data.steps_per_epoch)
+    if args.keep_every and rest == 0 and epoch % args.keep_every == 0:  # first: else a resumed run
+        save_checkpoint(state, step + 1, args, f"checkpoint-{epoch:04}.pt")  # would not write it
     if should_stop() or data.end_of_epoch(step, every=args.save_every):
         save_checkpoint(state, step + 1, args)
-    epoch, rest = divmod(step + 1, data.steps_per_epoch)
-    if args.keep_every and rest == 0 and epoch % args.keep_every == 0:
-        save_checkpoint(state, step + 1, args, f"checkpoint-{epoch:04}.pt")
     return should_stop()
 
 

@@ -323,6 +323,12 @@ class Ranks(nn.Module):
         self.register_buffer("ids", ids)  # (N,)
         self.register_buffer("table", table)  # (C, C)
 
+    def load_state_dict(self, state, *options):
+        """Raises: ValueError if the run began with other ranks, those of another --similarity."""
+        if not torch.equal(state["table"], self.table.cpu()):
+            raise ValueError("the ranks of the classes are not those that the run began with")
+        return super().load_state_dict(state, *options)
+
 
 # ---------------------------------------------------------------------------------- training
 

@@ -543,6 +543,9 @@ def test_resume_is_exact(goes_on_exactly, loss, tmp_path):
     assert {"model", "ranks", "optimizer", "scaler", "log"} | (
         set() if loss == "ce" else {"key", "queue"}) == state.keys()
     assert state["ranks"]["table"].shape == (24, 24) and len(state["ranks"]["ids"]) == 64
+    ranks = rince.Ranks(state["ranks"]["ids"], state["ranks"]["table"].clone().flip(0))
+    with pytest.raises(ValueError, match="not those that the run began with"):
+        ranks.load_state_dict(state["ranks"])  # of another file of similarities
     rates = [line["lr"] for line in log_of(tmp_path / "whole") if "lr" in line]
     if loss == "rince-in":
         end_of_warmup = (0.5 + 5e-4) / 2  # the cosine of epoch 1 of 2

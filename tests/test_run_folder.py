@@ -414,7 +414,7 @@ def test_evaluations_warn_of_other_data(run, tmp_path, capsys, script, shapes_on
 # ------------------------------------------------------------------ checkpoints to go back to
 
 
-def test_keep_every(run, run_main, tmp_path, monkeypatch):
+def test_keep_every(run, run_main, refused_by, tmp_path, monkeypatch):
     assert sorted(p.name for p in run.glob("checkpoint*")) == [
         "checkpoint-0001.pt", "checkpoint-0002.pt", "checkpoint.prev.pt", "checkpoint.pt"]
     first, previous = (common.load_checkpoint(run / f"checkpoint{name}.pt")
@@ -424,6 +424,11 @@ def test_keep_every(run, run_main, tmp_path, monkeypatch):
     every = run_main(clinfonce.main, "other", [*SMALL, "--keep-every", "2"])
     assert [p.name for p in (tmp_path / "other").glob("*-*.pt")] == ["checkpoint-0002.pt"]
     assert differences(every, checkpoint(run)) == []  # a copy changes nothing
+    # a folder that lost its checkpoint is not begun anew over its log
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        (tmp_path / "other" / name).rename(tmp_path / name)
+    refused_by(clinfonce.main, [*SMALL, "--keep-every", "2"], "log.jsonl tells of steps, but",
+               "has no checkpoint.pt", out=tmp_path / "other", says=["clusters"])
     for name in ("", "-0001"):  # each has its own file of results
         linear_eval.main([*BASE[:4], "--checkpoint", f"{run}/checkpoint{name}.pt", "--epochs", "1"])
         record = json.loads((run / f"linear_eval-fast-label{name}.json").read_text())
