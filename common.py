@@ -2175,6 +2175,7 @@ def warmup_by_epoch(step, steps_per_epoch, epochs, lr, warmup, start=0.01, rate=
     floor = lr * rate ** 3
     if step < warmup * steps_per_epoch:
         end = cosine_by_epoch(warmup, epochs, lr, floor)
+        start = min(start, end)  # differs from the released code where lr is very small
         return start + (end - start) * step / (warmup * steps_per_epoch)
     return cosine_by_epoch(step // steps_per_epoch + 1, epochs, lr, floor)
 
@@ -2614,7 +2615,7 @@ def _lock(path):
     except OSError as error:
         if not _locks:  # else it is a file system without locks
             raise RunFailed(f"cannot write {path}: {error.strerror}") from None
-    for left in path.parent.glob("checkpoint*.tmp"):  # of a process that was killed
+    for left in path.parent.glob("checkpoint*.pt.*.tmp"):  # of a process that was killed
         left.unlink()
 
 

@@ -275,6 +275,10 @@ def class_ranks(data, args):
                 "--threshold" if args.similarity else
                 f"--ranks {' '.join(chain)}: no pair of classes has rank {i}; remove "
                 f"{chain[i - 1]}")
+    if args.loss.startswith("rince") and (table > 0).all():  # the loss of the last rank would be 0
+        raise common.BadInput("every class is related to every other, so there are no negatives; " +
+                              ("raise the lowest --threshold" if args.similarity else
+                               f"remove {chain[-1]}"))
     return ids, [str(names[v] if names else v) for v in values.tolist()], table
 
 
@@ -325,7 +329,8 @@ class Ranks(nn.Module):
 
     def load_state_dict(self, state, *options):
         """Raises: ValueError if the run began with other ranks, those of another --similarity."""
-        if not torch.equal(state["table"], self.table.cpu()):
+        old = state["table"]
+        if old.shape == self.table.shape and not torch.equal(old, self.table.cpu()):
             raise ValueError("the ranks of the classes are not those that the run began with")
         return super().load_state_dict(state, *options)
 

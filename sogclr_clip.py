@@ -1146,6 +1146,7 @@ def check(args):
     uses = LOSSES[args.loss]
     common.reject_unused(args, sorted(OF_LOSSES - uses.keys()), f"by --loss {args.loss}; it uses: "
                          f"{', '.join(uses) or 'none of them'}")
+    common.reject_unused(args, ["arch", "stem"], "by sogclr_clip.py, which has --model")
     if args.epochs == 1:  # u is set in epoch 0 and averaged from epoch 1 on
         common.reject_unused(args, ["gamma", "gamma_schedule", "eta_schedule"], "in --epochs 1")
     if args.optimizer == "lars":
@@ -1153,7 +1154,9 @@ def check(args):
     if args.batch_size < 2 and not args.evaluate:
         raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
     common.check_ranges(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["warmup"],
-                        share=["gamma", "lambda_mi"])
+                        share=["gamma", "beta", "lambda_mi"])
+    if args.lr == 0 and args.tau_lr:  # its schedule is that of --lr
+        raise common.BadInput("--lr 0 stops the temperatures too: leave --tau-lr out")
     if args.tau_bounds is not None:
         low, high = args.tau_bounds
         if not 0 < low < high:

@@ -621,7 +621,6 @@ def test_what_a_resumed_run_needs_is_in_the_checkpoint(run, tmp_path):
         "labels": lambda state: roll(state["queue"], "labels"),
         "keys": lambda state: roll(state["queue"], "keys"),
         "pointer": lambda state: state["queue"]["ptr"].add_(1),
-        "table": lambda state: roll(state["ranks"], "table"),
         "ids": lambda state: roll(state["ranks"], "ids"),
     }
     for name, change in changes.items():
@@ -733,6 +732,8 @@ def test_similarity_table(refused, tmp_path):
     refused([*argv, "--threshold", "0.6", "0.5"], "no pair of classes has rank 3")
     file.write_text(pairs.format("rank", 3, 3))
     refused(argv, "no pair of classes has rank 2")
+    file.write_text("class_a,class_b,rank\ncat,dog,2\ncat,car,2\ndog,car,2\n")
+    refused(argv, "every class is related to every other, so there are no negatives")
     np.savez(tmp_path / "s.npz", classes=["cat", "dog", "car"], similarity=np.eye(2))
     argv[-1] = tmp_path / "s.npz"
     refused(argv, tmp_path / "s.npz", "not a square matrix of numbers")
