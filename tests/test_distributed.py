@@ -265,8 +265,8 @@ def train(folder, more, dtype=torch.float64, norm=False):
     made = {}
 
     def keep(name, kind):
-        def make(*values):
-            made[name] = kind(*values)
+        def make(*values, **more):
+            made[name] = kind(*values, **more)
             return made[name]
         return make
 
