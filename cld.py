@@ -131,7 +131,7 @@ def npid(f, V, index, tau, block=2 ** 26):
         return (f @ part.T).logsumexp(1)
 
     # A part of the bank at a time: its logits stay in the cache, which halves the time on a CPU.
-    f, size = upcast(f) / tau, 2 ** 22
+    f, size = upcast(f) / tau, 2 ** 20
     if len(f) * len(V) > block:
         log_sum_exp = functools.partial(checkpoint, log_sum_exp, use_reentrant=False)
         size = 2 ** 24  # what malloc gives back at once
