@@ -557,7 +557,7 @@ def learning_rate(step, steps_per_epoch, args):
     if args.schedule == "steps" and step >= warmup:
         return common.steps_by_epoch(epoch + 1, args.milestones, args.lr)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, warmup,
-                                start=args.lr / 100, floor=1e-6)
+                                start=args.lr / 100, floor=min(args.lr, 1e-6))
 
 
 # ---------------------------------------------------------------------------------- flags
@@ -581,6 +581,8 @@ def check(args):
     for used, names, why in (
             (args.base == "npid", ["nce", "bank_momentum"], "without --base npid"),
             (moco, ["queue"], f"by --base {args.base}"),
+            (args.base != "npid", ["key_momentum"], "by --base npid"),
+            (args.base != "byol", ["tau"], "by --base byol"),
             (args.base == "infomin", ["beta"], "without --base infomin"),
             (args.grouping == "ncuts", ["k_eigen"], "without --grouping ncuts"),
             (args.schedule != "cosine-epoch", ["warmup"], "by --schedule cosine-epoch"),
@@ -589,9 +591,9 @@ def check(args):
             common.reject_unused(args, names, why)
     common.check_schedule(args, learning_rate, 10, 10 * args.warmup * (
         args.schedule != "cosine-epoch"))
-    if args.schedule == "steps" and min(args.milestones) > args.epochs:
-        raise common.BadInput(f"--milestones {common.shown(args.milestones)}: all are above "
-                              f"--epochs {args.epochs}, so that the rate never drops")
+    if args.schedule == "steps" and not 1 <= min(args.milestones) <= args.epochs:
+        raise common.BadInput(f"--milestones {common.shown(args.milestones)}: the first must be "
+                              f"from 1 to --epochs {args.epochs}, or the rate never drops")
     if moco and args.queue < args.batch_size:
         raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "
                               f"{args.batch_size}: it must hold the keys of one step")
@@ -599,9 +601,9 @@ def check(args):
         raise common.BadInput(f"--group-rows {args.group_rows} does not divide --batch-size "
                               f"{args.batch_size}; 0 groups the whole batch")
     N = args.group_rows or args.batch_size
-    if args.lambda_cld > 0 and args.grouping == "ncuts" and args.k_eigen > N:
-        raise common.BadInput(f"--k-eigen {args.k_eigen}: {N} rows are grouped together, so "
-                              f"there are only {N} eigenvectors")
+    if args.lambda_cld > 0 and args.grouping == "ncuts" and not 2 <= args.k_eigen <= N:
+        raise common.BadInput(f"--k-eigen {args.k_eigen}: of {N} rows that are grouped together "
+                              f"there are {N} eigenvectors, of which the first is constant")
 
 
 def main(argv=None):

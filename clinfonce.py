@@ -486,11 +486,11 @@ def learning_rate(step, steps_per_epoch, args):
     """Learning rate of a step by --schedule: a pure function of the step."""
     epoch = step // steps_per_epoch + 1
     if args.schedule == "warmup33":
-        return warmup_rule(epoch, args.epochs, args.lr)
+        return warmup_rule(epoch, args.epochs, args.lr, min(args.lr, 1e-5))
     if args.schedule == "cosine-epoch":
         return common.cosine_by_epoch(epoch, args.epochs, args.lr, args.lr * 1e-3)
     if args.schedule == "exp":
-        return exp_by_epoch(epoch, args.lr)
+        return exp_by_epoch(epoch, args.lr, floor=min(args.lr, 1e-5))
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr,
                                 args.warmup * steps_per_epoch)
 

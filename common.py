@@ -118,11 +118,11 @@ def run(train, parser, argv=None):
                 # to free their last tensors: the sleep lets them finish first, without a deadlock
                 time.sleep(0.1)
                 dist.destroy_process_group()
-    except (BadInput, RunFailed, RuntimeError, OSError, KeyboardInterrupt) as error:
+    except (BadInput, RunFailed, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
             error = RunFailed("interrupted")
         elif not isinstance(error, (BadInput, RunFailed)):
-            error = _lost_worker(error)
+            error = _system_error(error)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or getattr(error, "alone", False):
             text = " ".join(str(error).splitlines())  # messages of pandas have several lines
             text += origin(parser.args, text)
@@ -130,10 +130,14 @@ def run(train, parser, argv=None):
         raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
 
 
-def _lost_worker(error):
-    """RunFailed if the error, which torch raises anywhere in the main process, tells of a lost
-    DataLoader worker, a limit of the system or a file. Any other error is raised again."""
+def _system_error(error):
+    """RunFailed if the error, which torch raises anywhere in the main process, tells of a lack of
+    memory, a lost DataLoader worker, a limit of the system or a file. Any other error is raised
+    again."""
     text = str(error).split("\n")[0].strip()
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "CPUAllocator" in text:
+        return RunFailed(f"out of memory ({text}): a training needs less with --micro-batch, "
+                         "everything with a smaller --batch-size", alone=True)
     limits = ("DataLoader worker (pid", "Too many open files", "shared memory", "ancillary data")
     if getattr(error, "errno", None) != errno.EMFILE and not any(word in text for word in limits):
         if getattr(error, "filename", None) is None:
@@ -199,9 +203,9 @@ def setup(args):
     """Join torchrun's processes if there are any; set device, threads and seed. Returns: the
     torch.device of this rank. BadInput if the batch does not divide or GPUs are too few."""
     for name, value in vars(args).items():
-        if any(isinstance(x, float) and not math.isfinite(x)
+        if any(isinstance(x, float) and not abs(x) <= torch.finfo(torch.float32).max
                for x in (value if isinstance(value, (list, tuple)) else [value])):
-            raise BadInput(f"{flag_name(name)} must be finite, got {shown(value)}")
+            raise BadInput(f"{flag_name(name)} must be finite in float32, got {shown(value)}")
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -3292,6 +3296,8 @@ class Parser(argparse.ArgumentParser):
             raise BadInput("--nesterov needs --momentum above 0")
         unused = dict(sgd=[], lars=["nesterov"], adamw=["nesterov", "momentum"])[args.optimizer]
         reject_unused(args, unused, f"by --optimizer {args.optimizer}")
+        if args.arch == "resnet-tiny":
+            reject_unused(args, ["stem"], "by --arch resnet-tiny")
         if not vars(args).get("evaluate"):  # which may take the data set of its checkpoint
             check_files(args)
         if self.trains and Path(args.out).is_file():

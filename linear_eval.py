@@ -440,8 +440,11 @@ def evaluate(args, checkpoint):
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
     files = {k: vars(args)[k] for k in ("save", "features", "embedding", "picture")
              if vars(args)[k]}
+    if args.picture == "":
+        files["picture"] = path.with_suffix(".png")
     for flag, file in files.items():
-        known = path.is_file() and json.loads(path.read_text())["args"].get(flag) == file
+        old = json.loads(path.read_text())["args"] if path.is_file() else {}
+        known = flag in old and old[flag] == vars(args)[flag]
         if Path(file).exists() and not known:  # the same command again may write it anew
             raise common.BadInput(f"--{flag} {file} exists; name a new file")
         common.check_writable(file, f"use another --{flag}")
@@ -498,7 +501,6 @@ def evaluate(args, checkpoint):
         common.atomic_write(Path(args.save), lambda file: torch.save(
             {k: x.cpu().contiguous() for k, x in weights.items()}, file))
     if args.picture is not None:
-        files["picture"] = args.picture or path.with_suffix(".png")
         retrieval_picture(files["picture"], args, data, h, names)
     print("\n".join(f"  {name:26} {file}" for name, file in [("results", path), *files.items()]))
 

@@ -345,6 +345,9 @@ def evaluate(args, checkpoint):
                          "by ood_eval.py, which trains nothing")
     common.reject_unused(args, ["knn_k", "knn_t"], "by ood_eval.py, whose k-NN has --k")
     record, path, device, backbone, description = common.start_evaluation(args, checkpoint)
+    picture = path.with_suffix(".png")
+    if picture.exists() and not path.exists():
+        raise common.BadInput(f"{picture} exists; use another --out")
     data = load_inliers(args, device)
     sets = [load_outliers(text, args, device) for text in args.outliers]
     if args.outlier_classes:
@@ -384,7 +387,7 @@ def evaluate(args, checkpoint):
         data=dict(train=len(data.train), test=len(data.test),
                   outliers={name: len(t) for name, t in sets}))
     print(f"  {'results':14} {path}")
-    print(f"  {'picture':14} {score_picture(path.with_suffix('.png'), args, scores, results)}")
+    print(f"  {'picture':14} {score_picture(picture, args, scores, results)}")
 
 
 def main(argv=None):

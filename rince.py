@@ -213,7 +213,10 @@ def read_similarity(path, names, thresholds):
             with open(path, newline="") as file:
                 rows = list(csv.DictReader(file))
             kind = "rank" if "rank" in (rows or [{}])[0] else "similarity"
-            pair = {(row["class_a"], row["class_b"]): float(row[kind]) for row in rows}
+            values = {(row["class_a"], row["class_b"], float(row[kind])) for row in rows}
+            pair = {(a, b): value for a, b, value in values}
+            if len(pair) < len(values):
+                raise ValueError("two values for the same two classes")
             known = sorted({c for ab in pair for c in ab})
             none = 0.0 if kind == "rank" else -math.inf
             matrix = torch.tensor([[pair.get((a, b), pair.get((b, a), none)) for b in known]
@@ -227,8 +230,9 @@ def read_similarity(path, names, thresholds):
             raise common.BadInput(f"--similarity {path} {what} {len(classes)} classes: "
                                   f"{', '.join(sorted(classes)[:5])}")
     place = torch.tensor([known.index(c) for c in names])
-    if matrix.shape != (len(known),) * 2 or matrix.isnan().any():
-        raise common.BadInput(f"--similarity {path}: {kind} is not a square matrix of numbers")
+    if matrix.shape != (len({*known}),) * 2 or matrix.isnan().any():
+        raise common.BadInput(f"--similarity {path}: {kind} is not a square matrix of numbers, "
+                              "one row for each class")
     matrix = matrix[place][:, place]
     if kind == "similarity":
         return similarity_ranks(matrix, thresholds)
@@ -442,6 +446,8 @@ def check(args):
         raise common.BadInput(f"--threshold {args.threshold}: must decrease, from at most 1")
     if args.loss == "ce":
         common.reject_unused(args, ["tau_min", "tau_max", "min_prob"], "by --loss ce")
+    if args.loss.startswith("scl"):  # term 1 only, whose temperature is tau_min
+        common.reject_unused(args, ["tau_max"], f"by --loss {args.loss}")
     common.check_schedule(args, learning_rate, 10, 10 * args.warmup)
     if not args.similarity:
         common.reject_unused(args, ["threshold"], "without --similarity")

@@ -697,7 +697,7 @@ class Objective(nn.Module):
             L = L + (G * tau).mean()  # trains only tau or its network; G is not clipped
         new = dict(log_u=u) if b is None else dict(log_u=u, b=b)
         if "tau" in old:
-            eta = eta_at(epoch, args.epochs, args.eta, args.eta_schedule)
+            eta = eta_at(epoch, args.epochs, args.eta, args.eta_schedule, min(args.eta, 1e-4))
             clamp = math.inf if loss == "isogclr-v2" else 5.0
             new["tau"], new["v"] = temperature_step(tau, old["v"], G, args.beta, eta,
                                                     args.tau_bounds, clamp)
@@ -904,6 +904,8 @@ def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
         common.print_rank0(f"warning: the features of {zeros[0]} images and {zeros[1]} captions "
                            "are zero")
     names, y = table.classes.get(args.label), images.columns.get(args.label)
+    if args.class_names and not names and y is not None:
+        names = [None] * (int(y.max()) + 1)
     if names and y is not None and (labelled := (y >= 0).to(data.device)).any():
         if args.zs_original:
             own, (mean, std) = copy.copy(data), common.MEAN_STD.get(args.dataset, common.IMAGENET)
@@ -917,6 +919,9 @@ def evaluate_clip(model, tokenizer, data, pairs, prepare=clean_caption):
         right = common.accuracy(logits, y.to(data.device)[labelled], ks)
         result.update({f"zero-shot top-{k}": a for k, a in zip(ks, right)})
         chance.update({f"zero-shot top-{k}": 100 * k / len(names) for k in ks})
+    elif args.class_names or args.zs_original:
+        raise common.BadInput(f"{'--class-names' if args.class_names else '--zs-original'} is for "
+                              f"labels: the test images have none in column {args.label}")
     return result, chance, retrieved
 
 
@@ -1147,6 +1152,8 @@ def check(args):
     common.reject_unused(args, sorted(OF_LOSSES - uses.keys()), f"by --loss {args.loss}; it uses: "
                          f"{', '.join(uses) or 'none of them'}")
     common.reject_unused(args, ["arch", "stem"], "by sogclr_clip.py, which has --model")
+    if args.learn_tau == "none":
+        common.reject_unused(args, ["tau_bounds", "tau_lr"], "without --learn-tau")
     if args.epochs == 1:  # u is set in epoch 0 and averaged from epoch 1 on
         common.reject_unused(args, ["gamma", "gamma_schedule", "eta_schedule"], "in --epochs 1")
     if args.optimizer == "lars":

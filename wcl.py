@@ -470,7 +470,13 @@ def check(args):
     if (args.weak_epochs or 0) > args.epochs:
         raise common.BadInput(f"--weak-epochs {args.weak_epochs} is more than --epochs "
                               f"{args.epochs}")
+    if not (args.warmup if args.weak_epochs is None else args.weak_epochs):
+        common.reject_unused(args, ["weak_crop", "weak_jitter"], "in 0 weak epochs")
     common.check_views(args, "weak_crop", "weak_jitter")
+    if args.optimizer != "lars":
+        common.reject_unused(args, ["lars_groups"], f"by --optimizer {args.optimizer}")
+    if args.crop_positives == "components":
+        common.reject_unused(args, ["crop_k"], "by --crop-positives components")
     if args.crops == 0:
         common.reject_unused(args, ["crop_k", "crop_positives", "gamma", "delta"],
                              "without --crops")

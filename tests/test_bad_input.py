@@ -568,6 +568,17 @@ def test_reader_process_that_is_lost(refused, tmp_path, monkeypatch, how):
                 os.close(file)
 
 
+@pytest.mark.parametrize("ask", [
+    lambda: torch.empty(2 ** 58),
+    lambda: np.empty(2 ** 58),
+    lambda: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\n"))
+], ids=["torch", "numpy", "cuda"])
+def test_memory_that_is_too_small(refused, monkeypatch, ask):
+    monkeypatch.setattr(clinfonce, "cl_infonce", lambda *_, **__: next(ask()))
+    line = refused(SHAPES, "out of memory (", "--micro-batch", "--batch-size", status=1)
+    assert "Tried 2 GiB): " in line or "allocate" in line
+
+
 def test_loss_that_is_not_finite(refused, tmp_path):
     # the loss of step 0 is that of the initial weights; the first update throws them to 1e30
     argv = [*SHAPES, "--lr", "1e30", "--warmup", "0"]

@@ -789,6 +789,9 @@ def test_features_of_files(tmp_path, capsys, monkeypatch):
     argv[-1] = str(tmp_path / "f.npz")
     assert f"--features {tmp_path}/f.npz exists; name a new file" in fails(
         capsys, *argv, "--out", str(tmp_path / "new.json"))
+    (tmp_path / "mine.png").write_bytes(b"mine")  # the name of the picture beside mine.json
+    assert f"--picture {tmp_path}/mine.png exists; name a new file" in fails(
+        capsys, "--checkpoint", "none", "--picture", "--out", str(tmp_path / "mine.json"))
     assert "--picture is not used by --mode features" in fails(capsys, *argv, "--picture")
     assert "--mode features writes --features or --embedding" in fails(
         capsys, "--checkpoint", "none", "--mode", "features", "--out", str(tmp_path / "n.json"))

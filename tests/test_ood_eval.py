@@ -390,6 +390,12 @@ def test_flags(refused, argv, words):
     refused([*NONE, *argv], *words)
 
 
+def test_picture_of_another(refused, tmp_path):
+    (tmp_path / "o.png").write_bytes(b"mine")
+    refused(NONE, f"{tmp_path}/o.png exists; use another --out")
+    assert (tmp_path / "o.png").read_bytes() == b"mine"
+
+
 def test_outliers_that_cannot_be_read(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.npz").write_bytes(b"no pack")

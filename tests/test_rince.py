@@ -721,6 +721,7 @@ def test_similarity_table(refused, tmp_path):
     wrong(pairs.format("similarity", 0.6, 0.1) + "cow,dog,0.9\n", "the data lack, 1 classes: cow")
     wrong(pairs.format("similarity", 0.6, "high"), "class_a, class_b, similarity", "high")
     wrong(pairs.format("similarity", 0.6, "nan"), "not a square matrix of numbers")
+    wrong(pairs.format("similarity", 0.6, 0.1) + "cat,dog,0.2\n", "two values for the same")
     wrong(pairs.format("rank", 2, 1), "rank 1 is the class itself")
     wrong(pairs.format("rank", 2, 2.5), "ranks of other classes must be 2, 3, .. or 0")
     wrong(pairs.format("likeness", 2, 2), "similarity")
@@ -737,6 +738,8 @@ def test_similarity_table(refused, tmp_path):
     np.savez(tmp_path / "s.npz", classes=["cat", "dog", "car"], similarity=np.eye(2))
     argv[-1] = tmp_path / "s.npz"
     refused(argv, tmp_path / "s.npz", "not a square matrix of numbers")
+    np.savez(tmp_path / "s.npz", classes=["cat", "dog", "car", "cat"], similarity=np.eye(4))
+    refused(argv, tmp_path / "s.npz", "not a square matrix of numbers, one row for each class")
     (tmp_path / "s.npz").write_bytes(b"no npz")
     refused(argv, tmp_path / "s.npz", "nor such an npz")
 

@@ -754,6 +754,29 @@ def test_braces_in_templates(tmp_path):
     assert seen[:2] == ["a photo of { {0} {word} }{", "a photo of class {0 {0} {word} }{"]
 
 
+@pytest.mark.parametrize("argv", [["--class-names", "no-such-file"], ["--zs-original"]])
+def test_zero_shot_flags_need_labels(argv):
+    """Without labels there is no zero-shot test, so these flags would do nothing."""
+    tokenizer, data, pairs = shapes_test_set(*argv)
+    data.test.columns.pop("label")
+    with pytest.raises(common.BadInput, match=f"{argv[0]} is for labels: the test images have no"):
+        sogclr_clip.evaluate_clip(Means(), tokenizer, data, pairs)
+
+
+def test_class_names_for_labels_that_have_none(tmp_path):
+    """--class-names gives names to a column that has only ids: the accuracy is the same."""
+    tokenizer, data, pairs = shapes_test_set()
+    names = data.test.classes["label"]
+    expected = sogclr_clip.evaluate_clip(Means(), tokenizer, data, pairs)[0]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    tokenizer, data, pairs = shapes_test_set("--class-names", str(tmp_path / "names.txt"))
+    data.test.columns["label"][0] = len(names) - 1  # the highest id tells how many there are
+    first = sogclr_clip.evaluate_clip(Means(), tokenizer, data, pairs)[0]
+    data.test.classes.pop("label")
+    assert sogclr_clip.evaluate_clip(Means(), tokenizer, data, pairs)[0] == first
+    assert first.keys() == expected.keys() and "zero-shot top-1" in first
+
+
 def test_features_that_are_zero_are_told_once(capsys):
     tokenizer, data, pairs = shapes_test_set()
     for _ in range(2):
