@@ -616,8 +616,10 @@ def test_variants_stop_and_go_on_exactly(goes_on_exactly, tmp_path, name):
 def test_the_first_step_by_hand(run_main, tmp_path, name):
     """What train() puts together: views, targets, losses, and what changes after the step."""
     argv = [*FLAGS, *VARIANTS[name], "--limit-train", "16", "--epochs", "1", "--amp", "none",
-            "--key-momentum", "0.9", "--tau", "0.3", "--lambda-cld", "0.7", "--warmup", "0",
-            "--lr", "0.5", "--group-rows", "0", *(["--beta", "0.2"] if name == "infomin" else [])]
+            "--lambda-cld", "0.7", "--warmup", "0", "--lr", "0.5", "--group-rows", "0",
+            *(["--tau", "0.3"] if name != "byol" else []),
+            *(["--key-momentum", "0.9"] if name not in ("npid", "nce") else []),
+            *(["--beta", "0.2"] if name == "infomin" else [])]
     state = run_main(cld.main, "run", argv)["state"]
     args = parse(*argv)
     torch.manual_seed(0)
