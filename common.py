@@ -136,8 +136,8 @@ def _system_error(error):
     again."""
     text = str(error).split("\n")[0].strip()
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "CPUAllocator" in text:
-        return RunFailed(f"out of memory ({text}): a training needs less with --micro-batch, "
-                         "everything with a smaller --batch-size", alone=True)
+        return RunFailed(f"out of memory{text and f' ({text})'}: a training needs less with "
+                         "--micro-batch, everything with a smaller --batch-size", alone=True)
     limits = ("DataLoader worker (pid", "Too many open files", "shared memory", "ancillary data")
     if getattr(error, "errno", None) != errno.EMFILE and not any(word in text for word in limits):
         if getattr(error, "filename", None) is None:
