@@ -3296,7 +3296,7 @@ class Parser(argparse.ArgumentParser):
             raise BadInput("--nesterov needs --momentum above 0")
         unused = dict(sgd=[], lars=["nesterov"], adamw=["nesterov", "momentum"])[args.optimizer]
         reject_unused(args, unused, f"by --optimizer {args.optimizer}")
-        if args.arch == "resnet-tiny":
+        if args.arch == "resnet-tiny" and args.stem == "cifar":
             reject_unused(args, ["stem"], "by --arch resnet-tiny")
         if not vars(args).get("evaluate"):  # which may take the data set of its checkpoint
             check_files(args)

@@ -269,6 +269,8 @@ def curves(args, protocol, done, panels, file):
               if any(name in r for of_row in logs.values() for log in of_row for r in log)}
     if not panels:
         return
+    tab20 = plt.get_cmap("tab20").colors  # ten colours, each dark and light
+    colors = tab20[::2] + tab20[1::2]
     figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(7 * len(panels), 5))
     for axis, (name, title) in zip(axes[0], panels.items(), strict=True):
         for i, (row, of_row) in enumerate(logs.items()):
@@ -283,11 +285,11 @@ def curves(args, protocol, done, panels, file):
                             values.setdefault(r["step"] / steps, []).append(r[key])
                 if len(values) > 1:
                     x, y = zip(*sorted(values.items()))
-                    axis.plot(x, [statistics.mean(v) for v in y], style, color=f"C{i % 10}",
+                    axis.plot(x, [statistics.mean(v) for v in y], style, color=colors[i],
                               marker="o" * (name == "knn_top1"), ms=3,
                               label=row if style == "-" else None, alpha=1 if style == "-" else 0.5)
                     axis.fill_between(x, [min(v) for v in y], [max(v) for v in y],
-                                      color=f"C{i % 10}", alpha=0.15)
+                                      color=colors[i], alpha=0.15)
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
