@@ -1,6 +1,7 @@
 """Flags: --help, recipe `own`, who set a flag, schedules that cannot act, numbers that are none."""
 import argparse
 import importlib
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -182,6 +183,15 @@ def test_flags_that_nobody_typed_name_who_set_them(main, argv, words, own, refus
 ])
 def test_flags_that_cannot_act_are_refused(main, argv, words, refused_by):
     refused_by(main, [*SHAPES, "--epochs", "2", *argv.split()], words)
+
+
+@pytest.mark.parametrize("method, schedule", [
+    (clinfonce, "warmup33"), (clinfonce, "exp"), (clinfonce, "cosine-epoch"), (cld, "cosine")])
+def test_rates_are_never_above_lr(method, schedule):
+    """The authors' floors of 1e-5 and 1e-6 do not raise a smaller --lr."""
+    for lr in (0.0, 1e-7):
+        args = SimpleNamespace(schedule=schedule, lr=lr, epochs=8, warmup=0)
+        assert max(method.learning_rate(step, 4, args) for step in range(32)) <= lr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
