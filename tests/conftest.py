@@ -18,6 +18,12 @@ def close_run():
     common._open.close()
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing curves.png takes longer than a training of few steps; real processes draw it."""
+    monkeypatch.setattr(common, "curves", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def rendered():
     """common.shapes that renders a set of images once a session; do not write into its tensors."""

@@ -381,6 +381,22 @@ def test_data_that_changed(refused_by, tmp_path, name):
     assert header["fingerprint"]["training"]["images"] == 40
 
 
+def test_hierarchy_that_changed(refused_by, tmp_path):
+    """The same flag, but its file gives other clusters."""
+    root, file = tree(tmp_path / "data"), tmp_path / "tree.json"
+    nodes = {"LabelName": "thing", "Level": 0, "Subcategory": [
+        {"LabelName": "animal", "Level": 1, "Subcategory": [{"LabelName": "cat", "Level": 2}]},
+        {"LabelName": "dog", "Level": 1}]}
+    file.write_text(json.dumps(nodes))
+    argv = [*BASE, "--dataset", "folder", "--data-dir", str(root), "--batch-size", "16",
+            "--epochs", "1", "--workers", "0", "--image-size", "16", "--clusters", "level_1",
+            "--hierarchy", str(file)]
+    clinfonce.main([*argv, "--out", str(tmp_path / "run")])
+    file.write_text(json.dumps(nodes).replace("animal", "zoo"))  # ids by sorted name: they swap
+    refused_by(clinfonce.main, argv, tmp_path / "run", "clusters are not those that the run began",
+               says=["recipe own", "clusters level_1"])
+
+
 def test_pixels_and_captions_that_changed(tmp_path):
     pack = [image(i) for i in range(8)]
     prints = []
@@ -433,6 +449,26 @@ def test_keep_every(run, run_main, refused_by, tmp_path, monkeypatch):
         linear_eval.main([*BASE[:4], "--checkpoint", f"{run}/checkpoint{name}.pt", "--epochs", "1"])
         record = json.loads((run / f"linear_eval-fast-label{name}.json").read_text())
         assert record["step"] == (4 if name else 8)
+
+
+def test_killed_between_a_copy_and_its_checkpoint(run, run_main, tmp_path, monkeypatch):
+    """The run that goes on writes what --keep-every asks for, so the copy comes first."""
+    saved, real = [], common.save_checkpoint
+
+    def save(state, step, args, *name):
+        saved.append(step)
+        if saved.count(4) == 2:
+            raise Killed
+        real(state, step, args, *name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", save)
+        with pytest.raises(Killed):
+            run_main(clinfonce.main, "killed", [*SMALL, "--keep-every", "1"])
+    found = run_main(clinfonce.main, "killed", [*SMALL, "--keep-every", "1"])
+    assert differences(found, checkpoint(run)) == []
+    assert {p.name for p in (tmp_path / "killed").glob("*-*.pt")} == {
+        "checkpoint-0001.pt", "checkpoint-0002.pt"}
 
 
 # ------------------------------------------------------------------ words

@@ -241,7 +241,7 @@ def test_what_a_resumed_run_needs_is_in_the_checkpoint(run, tmp_path):
 def test_a_finished_run_and_changed_flags(run, tmp_path, capsys):
     argv = [*SMALL, "--workers", "0"]
     whole, files = run("run", argv), sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert files == ["checkpoint.prev.pt", "checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
+    assert files == ["checkpoint.prev.pt", "checkpoint.pt", "log.jsonl", "views.png"]
     capsys.readouterr()
     assert differences(whole, run("run", [*argv, "--workers", "1"])) == []  # may change
     out = capsys.readouterr().out
