@@ -100,7 +100,7 @@ def root(tmp_path_factory):
 def run(run_main, root, rendered, monkeypatch):
     """run(variant or (module, flags), folder, device, main=None, stop=None): one run; the events on
     the pretended GPU, or none on the CPU."""
-    monkeypatch.setattr(common, "pyplot", lambda: None)  # tau.png takes longer than a step
+    monkeypatch.setattr(common, "pyplot", lambda: None)  # no test here looks at a picture
     monkeypatch.setattr(common, "shapes", lambda n, *more, **renders: rendered(
         n // 16, *more, **renders))
 
