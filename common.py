@@ -2693,6 +2693,10 @@ def end_step(step, state, args, data, evaluate):
         with state["log"].pause() as begin:
             state["log"].write(step=step + 1, **evaluate(), seconds=round(time.time() - begin, 1))
     epoch, rest = divmod(step + 1, data.steps_per_epoch)
+    if rest == 0 or should_stop():  # before a save; the loss of the next step would tell too late
+        for name, x in state["model"].named_parameters():
+            if not x.isfinite().all():
+                raise RunFailed(f"the update of step {step} left {name} not finite; {_advice()}")
     if args.keep_every and rest == 0 and epoch % args.keep_every == 0:  # first: else a resumed run
         save_checkpoint(state, step + 1, args, f"checkpoint-{epoch:04}.pt")  # would not write it
     if should_stop() or data.end_of_epoch(step, every=args.save_every):

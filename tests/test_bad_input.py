@@ -616,6 +616,26 @@ def test_loss_that_is_not_finite_later(refused, tmp_path, monkeypatch):
     assert common.load_checkpoint(run / "checkpoint.pt")["step"] == 8
 
 
+def test_update_that_is_not_finite(refused, tmp_path, monkeypatch):
+    """A gradient can be NaN where the loss is not. The last step of an epoch is saved, so its
+    weights are looked at first."""
+    loss, calls = clinfonce.cl_infonce, []
+
+    def with_nan(z, *args, **options):
+        calls.append(len(calls))
+        if calls[-1] == 7:
+            z.register_hook(lambda grad: grad * math.nan)
+        return loss(z, *args, **options)
+
+    monkeypatch.setattr(clinfonce, "cl_infonce", with_nan)
+    refused([*SHAPES, "--epochs", "3"], "the update of step 7 left", "not finite; the last "
+            "checkpoint is kept", status=1)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        checkpoint = common.load_checkpoint(tmp_path / "run" / name)
+        assert checkpoint["step"] == (4 if name == "checkpoint.pt" else 0)
+        assert all(t.isfinite().all() for t in checkpoint["state"]["model"].values())
+
+
 def test_features_to_cluster_that_are_not_finite(refused):
     # one step an epoch: the weights are thrown away in epoch 1, and epoch 2 begins with K-means
     refused([*SHAPES, "--lr", "1e30", "--warmup", "0", "--batch-size", "64", "--epochs", "3",
