@@ -224,7 +224,8 @@ def nearest(x, c):
 
 def nearest_fast(x, c):
     """The same for rows of about one norm (unit vectors), ten times as fast. A matrix product
-    finds the best row and the first that rounding may hide; `nearest` decides between the two."""
+    finds the best row, and the lowest id that equals it up to rounding. `nearest` decides between
+    the two."""
     score = x @ c.T - c.square().sum(1) / 2  # (N, k), (|x|^2 - |x - c|^2) / 2
     best, ids = score.max(1, keepdim=True)
     slack = 16 * torch.finfo(x.dtype).eps * score.abs().amax()
@@ -591,9 +592,9 @@ def check(args):
             common.reject_unused(args, names, why)
     common.check_schedule(args, learning_rate, 10, 10 * args.warmup * (
         args.schedule != "cosine-epoch"))
-    if args.schedule == "steps" and not 1 <= min(args.milestones) <= args.epochs:
+    if args.schedule == "steps" and not 1 <= min(args.milestones) < args.epochs:
         raise common.BadInput(f"--milestones {common.shown(args.milestones)}: the first must be "
-                              f"from 1 to --epochs {args.epochs}, or the rate never drops")
+                              f"from 1 to below --epochs {args.epochs}, or the rate never drops")
     if moco and args.queue < args.batch_size:
         raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "
                               f"{args.batch_size}: it must hold the keys of one step")

@@ -4,9 +4,9 @@ Representations, ICLR 2022, arXiv 2202.06670; earlier version arXiv 2106.02869).
 Auxiliary information (attributes, a class hierarchy) or K-means on the features gives every image a
 cluster id Z. Views of images in the same cluster are positives of each other (Fig. 1 [A]). The
 equations are those of the authors' code. The paper's equation numbers could not be found, so the
-labels E1 to E8 are this project's. (The second label is for the pair weights in the authors' code.
-No training uses them, so they are only in tests/test_golden.py.) Z is the paper's symbol, the rest
-are ours. [A] marks what the authors' repository says; the paper itself could not be read.
+labels E1 to E8 are this project's. (The label after E1 is for the pair weights in the authors'
+code. No training uses them, so they are only in tests/test_golden.py.) Z is the paper's symbol, the
+rest are ours. [A] marks what the authors' repository says; the paper itself could not be read.
 
     u_a . u_c / T = s_ac,  A(a) = all views but a,  P(a) = views in A(a) of a's cluster
     l_a = -(T/T0) 1/|P(a)| sum_{c in P(a)} [ s_ac - log sum_{c' in A(a)} exp s_ac' ]         E1
@@ -290,10 +290,11 @@ def auxiliary_ids(table, args):
         order, bits = rank_attributes(matrix)
         quality["attributes"] = {names[j]: round(bits[j].item(), 4) for j in order.tolist()}
         try:
-            ids = attribute_clusters(matrix, int(name.split(":")[1]))
+            ids = attribute_clusters(matrix, k := int(name.split(":")[1]))
         except ValueError:
             raise common.BadInput(f"--clusters {name}: there are {len(names)} attributes; take "
                                   f"attributes:1 to attributes:{len(names)}") from None
+        ids = ids.where(matrix[:, order[:k]].min(1).values >= 0, torch.tensor(-1))  # no value
     elif name.startswith("level_"):
         ids = _hierarchy_ids(table, args, name)
     else:
@@ -440,7 +441,7 @@ def train(args):
         ids = clusters.ids[batch.rows]                          # (B,)
         if args.loss == "ce":  # independent rows: each process takes its own, DDP averages
             loss = F.cross_entropy(z[0], ids[batch.own])
-        elif args.dual:
+        elif args.dual:  # differs from the released code: keys of other processes have gradients
             loss = cl_infonce(common.gather(z), tau=args.tau, base_tau=args.tau)        # E5
             if q is not None:
                 loss = loss + cluster_head_loss(common.gather(q), ids, args.tau)        # E6
@@ -523,7 +524,7 @@ def check(args):
                              "without --clusters kmeans")
     if args.schedule != "cosine":
         common.reject_unused(args, ["warmup"], f"by --schedule {args.schedule}")
-    common.check_schedule(args, learning_rate, 10, 10 * args.warmup)
+    common.check_schedule(args, learning_rate, 10, 10 * args.warmup * (args.schedule == "cosine"))
     if args.batch_size < 2 and args.loss != "ce":
         raise common.BadInput("--batch-size 1 has no negatives; use at least 2")
     if args.hierarchy and not args.clusters.startswith("level_"):

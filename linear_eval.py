@@ -15,11 +15,11 @@ set, label column, image size, mean and standard deviation (also for other data)
               augmented images; backbone frozen, in evaluation mode, features not normalized
     finetune  recipes semi-1, semi-10: the whole network on a class-balanced --fraction of the
               training images, or on the images that --subset names
-    features  (--mode features) nothing but the files of --features and --embedding, of all images
+    features  (--mode features) no results: it only writes the files of --features and --embedding
 
 --save FILE saves the network with its linear layer as a state dict that torchvision loads.
---features FILE.npz saves the features with row numbers, labels and paths, --embedding FILE.png
-their picture in two dimensions.
+--features FILE.npz saves the features of all images with row numbers, labels and paths. --embedding
+FILE.png draws those of at most 4,000 test images in two dimensions (PCA).
 
 The result of `linear` and `finetune` is the LAST epoch. The best epoch on the test set, which some
 papers quote, is given as `best_on_test`. A JSON file beside the checkpoint (--out) holds all.
@@ -201,8 +201,9 @@ def fit_softmax_regression(x, y, rows, standardize, classes, grid, args):
 
 
 def choose_hyperparameters(x, y, standardize, classes, args):
-    """Dict of the first point of the grid with the best validation_top1, and of the grid. Held out
-    are 20 % of each class of the training rows, at least one, but never the only one, by seed."""
+    """The grid point with the best validation_top1 (ties: the first), held_out and grid, as a dict.
+    Held out are 20 % of the training rows of each class, by seed: at least one row, but never the
+    only one."""
     order = torch.randperm(len(y), generator=common.generator(args.seed, 0, "held out"))
     y_order = y.cpu()[order]
     of_class = [order[y_order == c] for c in range(classes)]
@@ -429,6 +430,8 @@ def evaluate(args, checkpoint):
     common.reject_unused(args, UNUSED[args.mode], f"by --mode {args.mode}")
     if args.subset:
         common.reject_unused(args, ["fraction"], "with --subset")
+    if args.schedule != "steps":
+        common.reject_unused(args, ["milestones", "gamma"], f"by --schedule {args.schedule}")
     if not args.features:
         common.reject_unused(args, ["features_type"], "without --features")
     if args.embedding:
@@ -466,6 +469,10 @@ def evaluate(args, checkpoint):
             raise common.BadInput(f"--knn-k {args.knn_k}: there are {len(data.train)} training "
                                   "images")
         notes.append(f"kNN: K = {len(data.train)}, all training images, not {args.knn_k}")
+    if args.mode in ("linear", "finetune") and args.schedule == "steps" and not any(
+            m < args.epochs for m in args.milestones):
+        notes.append(f"warning: the rate never drops: --milestones {common.shown(args.milestones)} "
+                     f"are not below --epochs {args.epochs}")
     common.print_rank0("\n".join([description, *notes]))
 
     results, h = {}, None

@@ -381,6 +381,7 @@ def train(args):
         with common.autocast(args, device):
             a = network(x[0])                                   # (b, D)
             if args.loss != "ce":
+                # as in the authors' ImageNet code; their CIFAR code moves it after the keys
                 common.momentum_update(key, model, args.key_momentum)                   # E7
                 p = common.shuffled_keys(key_network, x[1], args, step)  # (B, D), no gradient
         y = ranks.ids[batch.rows]                               # (B,)

@@ -5,9 +5,9 @@ with CLIP (2103.00020), CyCLIP (2205.14459), VICReg (2105.04906) and SigLIP (230
 
 An image is compared with all other texts of the DATA SET, and a text with all other images. One
 number per anchor, u, is a moving average of its denominator, so small batches suffice.
-The labels E1 to E27 are this project's, as few of the papers' numbers could be found. FastCLIP has
-E6 as Eq. (1), E7 as Eq. (2), lines 6 and 7 of Algorithm 1, and the symbols g, u, gamma, tau, eps,
-rho [T]. iSogCLR has rho in Eq. (6) [A]. [T] is the paper itself, [A] its authors' code or README.
+The labels E1 to E27 are this project's, as few of the papers' numbers could be found. In FastCLIP,
+E6 is Eq. (1) and E7 is Eq. (2), lines 6 and 7 of Algorithm 1; g, u, gamma, tau, eps and rho are its
+symbols [T]. In iSogCLR, rho is in Eq. (6) [A]. [T] is the paper, [A] its authors' code or README.
 
     x_i, t_i unit features of pair i, S_ij = x_i . t_j, d_i = S_ii; B pairs; sg = stop-gradient
     CLIP     L = 1/2 [ CE(S/tau) + CE(S^T/tau) ] (E1); CyCLIP adds symmetry (E2); VICReg (E3)
@@ -77,7 +77,8 @@ BASE = dict(  # [K], crop [V]; no colour jitter: captions name colours
     gray=0.0, knn_every=1)
 # ImageNet zero-shot after CC3M in TempNet's README, mean of 3 seeds [A]: CLIP 36.27, CyCLIP 36.75,
 # SogCLR 37.46, iSogCLR 40.72, TempNet 42.28. results/README.md has more published results.
-CC3M = dict(  # [V] clip.py; there the towers are ResNet-50 and DistilBERT
+CC3M = dict(  # [V] clip.py; there the towers are ResNet-50 and DistilBERT, and RandomAugment, which
+              # is not built here, follows the crop
     BASE, dataset="captions", train_file="clip_train/cc3m_train_new.json",
     test_file="clip_train/coco_val_new.json", image_root=["cc3m", "coco"], model="RN50",
     image_size=256, epochs=30, batch_size=512, lr=2e-4, weight_decay=0.02, schedule="authors",
@@ -452,8 +453,9 @@ class Pairs:
 
 
 def in_memory(data, table, limit=20000):
-    """Decode the images of a small table once, to 1.5 times the training size; not for
-    --randaugment, which only workers do."""
+    """Decode the images of a small table once, squashed to squares of 1.5 times the training size.
+    Those of a larger table are cropped from the files; so are all with --randaugment, which only
+    workers do."""
     ids, more = table.columns.get("image_id"), data.args.randaugment
     if more and more[0] and table is data.train:
         return
@@ -730,8 +732,8 @@ class Objective(nn.Module):
         return net(f, keep)
 
     def hybrid(self, X, Y, p, q, S, negative, gamma, epoch, drawn):
-        """HybridSogCLR as we understand it (E23a-c). The released code computes something else and,
-        at most steps, nothing."""
+        """HybridSogCLR as we understand it (E23a-c). The released code computes another loss. In
+        most steps with several processes it returns a constant without gradient."""
         B, D = X.shape
         tau, base = self.args.tau * (1 + S.detach().std().tanh()), 0.0
         for f, ids, table, sims, others, bank, rows in (
@@ -771,7 +773,8 @@ def bank_row(row, f, seen, m):
 
 
 def grouped_optimizer(args, model, objective):
-    """AdamW (or SGD); no weight decay for vectors, biases and temperatures."""
+    """AdamW (or SGD). Vectors and biases of the towers, and temperatures, have no weight decay; all
+    parameters of a temperature network have 1e-3."""
     towers = [p for p in model.parameters() if p.requires_grad]
     nets = [p for n, p in objective.named_parameters() if n.startswith("net_")]
     taus = [p for n, p in objective.named_parameters() if not n.startswith("net_")]
@@ -1017,7 +1020,8 @@ def train(args):
         with common.autocast(args, device):
             x, t = network(images, pairs.tokens[q[batch.own]])  # (b, D) each
         x, t = common.gather(x), common.gather(t)               # (B, D), the same everywhere
-        same = duplicate_mask(p, pairs.text[q]) if args.mask_repeats else own_pairs(p)
+        masks = args.mask_repeats and args.loss != "vicreg"     # which has no negatives
+        same = duplicate_mask(p, pairs.text[q]) if masks else own_pairs(p)
         loss, stats = objective(x, t, p, q, ~same, step, epoch, batch.drawn)
 
         lr = common.set_lr(optimizer, learning_rate(step, data.steps_per_epoch, args))
@@ -1119,16 +1123,17 @@ def authors_rate(step, steps_per_epoch, epochs, lr, warmup, floor=1e-5, start=1e
     """The authors' rule: in epoch 0 up to lr in `warmup` steps of 100 iterations, then a cosine
     that is constant within an epoch."""
     epoch, i = divmod(step, steps_per_epoch)
-    if epoch == 0:
+    if epoch == 0 and warmup:
         k = min(max(i - 1, 0) // 100, warmup)
-        return start + k * (lr - start) / max(1, warmup)
+        return start + k * (lr - start) / warmup
     return common.cosine_by_epoch(epoch, epochs, lr, floor)
 
 
 def learning_rate(step, steps_per_epoch, args):
     """Learning rate of a step by --schedule: a pure function of the step."""
     if args.schedule == "authors":
-        return authors_rate(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
+        low = min(args.lr, 1e-5)  # differs from the released code where lr is very small
+        return authors_rate(step, steps_per_epoch, args.epochs, args.lr, args.warmup, low, low)
     return common.warmup_cosine(step, args.epochs * steps_per_epoch, args.lr, args.warmup)
 
 
@@ -1154,13 +1159,19 @@ def check(args):
     common.reject_unused(args, ["arch", "stem"], "by sogclr_clip.py, which has --model")
     if args.learn_tau == "none":
         common.reject_unused(args, ["tau_bounds", "tau_lr"], "without --learn-tau")
-    if args.epochs == 1:  # u is set in epoch 0 and averaged from epoch 1 on
-        common.reject_unused(args, ["gamma", "gamma_schedule", "eta_schedule"], "in --epochs 1")
+    if args.epochs == 1:  # u is set in epoch 0 and averaged from epoch 1 on, but in onlineclr
+        common.reject_unused(args, ["gamma"] * (args.loss != "onlineclr") + [
+            "gamma_schedule", "eta_schedule"], "in --epochs 1")
+    if args.eta is not None and args.eta <= 1e-4 and args.eta_schedule != "const":
+        common.reject_unused(args, ["eta_schedule"], "with --eta up to 1e-4, where it ends")
+    if args.loss == "vicreg":
+        common.reject_unused(args, ["mask_repeats"], "by --loss vicreg, which has no negatives")
     if args.optimizer == "lars":
         raise common.BadInput("--optimizer lars does not work here; use adamw or sgd")
     if args.batch_size < 2 and not args.evaluate:
         raise common.BadInput(f"--batch-size {args.batch_size}: at least 2 pairs are needed")
-    common.check_ranges(args, above=["gamma", "tau", "tau_lr", "eta", "beta"], least=["warmup"],
+    common.check_ranges(args, above=["gamma", "tau", "tau_lr", "eta", "beta"],
+                        least=["warmup", "rho"],
                         share=["gamma", "beta", "lambda_mi"])
     if args.lr == 0 and args.tau_lr:  # its schedule is that of --lr
         raise common.BadInput("--lr 0 stops the temperatures too: leave --tau-lr out")

@@ -368,6 +368,9 @@ def test_labels_that_make_no_clusters(refused, pack):
             "--clusters label", "row 0 has id -1")
     refused([*pack(labels=np.ones(12, int)), "--clusters", "label"],
             "--clusters label", "one cluster has no negatives")
+    some = np.where(np.arange(12) == 4, -1, np.arange(12) % 3)  # a missing value is no value
+    refused([*pack(season=some), "--clusters", "attributes:1", "--attributes", "season"],
+            "--clusters attributes:1", "row 4 has id -1")
 
 
 def test_test_set_without_labels_trains_without_knn(pack, tmp_path):

@@ -150,11 +150,15 @@ def test_flags_that_nobody_typed_name_who_set_them(main, argv, words, own, refus
 @pytest.mark.parametrize("main, argv, words", [
     (clinfonce.main, "--warmup 3", "--warmup 3 is longer than the training (--epochs 2)"),
     (cld.main, "--warmup 3", "--warmup 3 is longer than the training (--epochs 2)"),
+    # not the warm-up of 10 epochs that comes from the recipe, as this schedule has none
+    (clinfonce.main, "--recipe cifar10 --dataset shapes --clusters instance --schedule exp "
+     "--batch-size 9999", "--batch-size 9999 is larger than"),
     (cld.main, "--recipe cifar10", "--warmup 5 is longer"),
     (cld.main, "--base infomin --schedule infomin --warmup 3", "--warmup 3 is longer"),
     (cld.main, "--schedule steps --warmup 3 --milestones 1", "--warmup 3 is longer"),
     (cld.main, "--schedule steps --warmup 0", "--milestones 120 160 200: the first must be"),
     (cld.main, "--schedule steps --warmup 0 --milestones 2 0", "--milestones 2 0: the first must"),
+    (cld.main, "--schedule steps --warmup 0 --milestones 2", "from 1 to below --epochs 2, or the"),
     (rince.main, "--recipe cifar100", "--warmup 10 is longer than the training (--epochs 2)"),
     (rince.main, "--warmup 3", "--warmup 3 is longer"),
     (wcl.main, "--warmup 2", "--warmup 2 must be shorter than --epochs 2"),
@@ -179,6 +183,10 @@ def test_flags_that_nobody_typed_name_who_set_them(main, argv, words, own, refus
     (sogclr_clip.main, "--loss cyclip --tau-bounds 0.1 1",
      "--tau-bounds is not used without --learn-tau"),
     (sogclr_clip.main, "--arch resnet18", "--arch is not used by sogclr_clip.py"),
+    (sogclr_clip.main, "--loss isogclr --eta-schedule exp",
+     "--eta-schedule is not used with --eta up to 1e-4"),
+    (sogclr_clip.main, "--loss vicreg --mask-repeats", "--mask-repeats is not used by --loss vic"),
+    (sogclr_clip.main, "--loss sogclr-dro --rho -1", "--rho"),
     (rince.main, "--arch resnet-tiny --stem cifar", "--stem is not used by --arch resnet-tiny"),
 ])
 def test_flags_that_cannot_act_are_refused(main, argv, words, refused_by):
@@ -186,12 +194,19 @@ def test_flags_that_cannot_act_are_refused(main, argv, words, refused_by):
 
 
 @pytest.mark.parametrize("method, schedule", [
-    (clinfonce, "warmup33"), (clinfonce, "exp"), (clinfonce, "cosine-epoch"), (cld, "cosine")])
+    (clinfonce, "warmup33"), (clinfonce, "exp"), (clinfonce, "cosine-epoch"), (cld, "cosine"),
+    (sogclr_clip, "authors")])
 def test_rates_are_never_above_lr(method, schedule):
     """The authors' floors of 1e-5 and 1e-6 do not raise a smaller --lr."""
     for lr in (0.0, 1e-7):
         args = SimpleNamespace(schedule=schedule, lr=lr, epochs=8, warmup=0)
         assert max(method.learning_rate(step, 4, args) for step in range(32)) <= lr
+
+
+def test_rate_of_the_authors_without_warm_up():
+    """Epoch 0 has the peak, not the start of a warm-up that does not take place."""
+    args = SimpleNamespace(schedule="authors", lr=0.1, epochs=8, warmup=0)
+    assert [sogclr_clip.learning_rate(step, 4, args) for step in range(4)] == [0.1] * 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

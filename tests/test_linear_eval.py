@@ -854,6 +854,7 @@ def test_results_outlive_a_file_that_cannot_be_written(tmp_path, capsys):
 @pytest.mark.parametrize("argv", [
     "--lr 1", "--crop 0.5 1", "--schedule steps", "--lr-backbone 1", "--log-every 5",
     "--mode features --features x --fraction 0.5", "--mode features --features x --min-per-class 2",
+    "--recipe wcl --milestones 9", "--recipe clinfonce --gamma 0.5",
     "--recipe moco --lrs 5", "--recipe moco --retrieval-labels coarse", "--recipe semi-1 --knn-k 3",
     "--subset rows.txt --recipe fast --fraction 0.1", "--features-type float16",
     "--data-dir x", "--train-file x", "--compile"])
@@ -917,8 +918,16 @@ def test_notes_on_what_is_missing(tmp_path, capsys):
     assert f"--subset has no image of {missing} of the 24 classes" in out and missing > 0
     assert "kNN: K = 30, all training images, not 200" in out
     assert "protocol: recipe fast; shapes (synthetic) at 32 pixels, column label" in out
-    run(tmp_path, "--checkpoint", "none", "--mode", "linear", "--batch-size", "48", name="b.json")
-    assert "protocol: recipe fast, --mode linear; " in capsys.readouterr().out
+    argv = ["--checkpoint", "none", "--mode", "linear", "--batch-size", "48"]
+    run(tmp_path, *argv, name="b.json")
+    out = capsys.readouterr().out
+    assert "protocol: recipe fast, --mode linear; " in out and "never drops" not in out
+    steps = [*argv, "--epochs", "2", "--schedule", "steps", "--milestones"]
+    run(tmp_path, *steps, "2", "9", name="c.json")
+    assert ("warning: the rate never drops: --milestones 2 9 are not below --epochs 2"
+            in capsys.readouterr().out)
+    run(tmp_path, *steps, "1", name="d.json")
+    assert "never drops" not in capsys.readouterr().out
 
 
 def test_an_evaluation_again_with_files(tmp_path, capsys):

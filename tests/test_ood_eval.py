@@ -390,6 +390,14 @@ def test_flags(refused, argv, words):
     refused([*NONE, *argv], *words)
 
 
+def test_download_of_outliers(monkeypatch):
+    """The data set is built in, but torchvision may fetch the outliers."""
+    made = []
+    monkeypatch.setattr(common, "run", lambda train, parser, argv: made.append(parser))
+    ood_eval.main([])
+    assert made[0].parse_args([*NONE, "--outliers", "cifar10", "--download"]).download
+
+
 def test_picture_of_another(refused, tmp_path):
     (tmp_path / "o.png").write_bytes(b"mine")
     refused(NONE, f"{tmp_path}/o.png exists; use another --out")

@@ -475,13 +475,15 @@ def test_features_that_are_not_finite_stop_the_run(refused_by, monkeypatch, tmp_
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 0
 
 
-def test_a_pair_without_negatives_stops_the_run(refused_by, monkeypatch):
+def test_a_pair_without_negatives_stops_the_run(refused_by, monkeypatch, tmp_path):
     """All captions of the batch are the same."""
     monkeypatch.setattr(sogclr_clip, "clean_caption", lambda caption: "a cat")
     monkeypatch.setattr(sogclr_clip.Pairs.__init__, "__defaults__", (lambda caption: "a cat",))
     refused_by(sogclr_clip.main, [*VERY_SMALL, "--mask-repeats"], "step 0: a pair of the batch has "
                "no negative: all others repeat it; use a larger --batch-size", status=1,
                says=["32 captions of"])
+    sogclr_clip.main([*VERY_SMALL, "--loss", "vicreg", "--out", str(tmp_path / "vicreg")])
+    assert common.load_checkpoint(tmp_path / "vicreg/checkpoint.pt")["step"] == 2  # it has none
 
 
 # ------------------------------------------------------------------ agreement with open_clip
