@@ -36,7 +36,7 @@ Shapes:       B global batch, b rows of this process, V views, D embedding width
     torchrun --nproc_per_node=4 wcl.py --recipe cifar10                # four, the same global batch
     torchrun --nproc_per_node=8 wcl.py --recipe imagenet100 --data-dir DIR
     torchrun --nnodes=4 --nproc_per_node=8 ... wcl.py --recipe imagenet --data-dir DIR  # 32 x 128
-Measured: demo 109 seconds on 2 busy cores, kNN 13.5 -> 47.6 % (synthetic); c100-small 166 CPU
+Measured: demo 94 seconds on 2 busy cores, kNN 13.5 -> 47.6 % (synthetic); c100-small 166 CPU
 seconds, 1.2 GB. The results are in results/README.md. The GPU recipes have not been run at full
 length yet.
 """

@@ -293,7 +293,8 @@ def curves(args, protocol, done, panels, file):
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5))  # it would cover curves
+        axis.legend(fontsize=8, **beside if len(axis.get_lines()) > 9 else {})
     figure.tight_layout()
     figure.savefig(ROOT / "results" / file, dpi=110)
     plt.close(figure)
