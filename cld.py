@@ -592,9 +592,9 @@ def check(args):
             common.reject_unused(args, names, why)
     common.check_schedule(args, learning_rate, 10, 10 * args.warmup * (
         args.schedule != "cosine-epoch"))
-    if args.schedule == "steps" and not 1 <= min(args.milestones) < args.epochs:
+    if args.schedule == "steps" and not 1 <= min(args.milestones) <= args.epochs:
         raise common.BadInput(f"--milestones {common.shown(args.milestones)}: the first must be "
-                              f"from 1 to below --epochs {args.epochs}, or the rate never drops")
+                              f"from 1 to --epochs {args.epochs}, or the rate never drops")
     if moco and args.queue < args.batch_size:
         raise common.BadInput(f"--queue {args.queue} is smaller than --batch-size "
                               f"{args.batch_size}: it must hold the keys of one step")

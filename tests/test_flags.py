@@ -158,7 +158,6 @@ def test_flags_that_nobody_typed_name_who_set_them(main, argv, words, own, refus
     (cld.main, "--schedule steps --warmup 3 --milestones 1", "--warmup 3 is longer"),
     (cld.main, "--schedule steps --warmup 0", "--milestones 120 160 200: the first must be"),
     (cld.main, "--schedule steps --warmup 0 --milestones 2 0", "--milestones 2 0: the first must"),
-    (cld.main, "--schedule steps --warmup 0 --milestones 2", "from 1 to below --epochs 2, or the"),
     (rince.main, "--recipe cifar100", "--warmup 10 is longer than the training (--epochs 2)"),
     (rince.main, "--warmup 3", "--warmup 3 is longer"),
     (wcl.main, "--warmup 2", "--warmup 2 must be shorter than --epochs 2"),
