@@ -226,7 +226,7 @@ class WCL(nn.Module):
         self.backbone = common.resnet(args.arch, args.stem)
         sizes = self.backbone.width, args.hidden, args.dim
         self.head1 = common.MLP3(*sizes)
-        # without E5 no second head: nothing would train it, but weight decay would shrink it
+        # without E5 no second head: at a gradient of 0, weight decay would only shrink it
         self.head2 = common.MLP3(*sizes) if args.beta > 0 else None
 
     def forward(self, *views):

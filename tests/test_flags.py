@@ -185,7 +185,7 @@ def test_flags_that_nobody_typed_name_who_set_them(main, argv, words, own, refus
     (sogclr_clip.main, "--loss isogclr --eta-schedule exp",
      "--eta-schedule is not used with --eta up to 1e-4"),
     (sogclr_clip.main, "--loss vicreg --mask-repeats", "--mask-repeats is not used by --loss vic"),
-    (sogclr_clip.main, "--loss sogclr-dro --rho -1", "--rho"),
+    (sogclr_clip.main, "--loss sogclr-dro --rho -1", "--rho must be at least 0, got -1"),
     (rince.main, "--arch resnet-tiny --stem cifar", "--stem is not used by --arch resnet-tiny"),
 ])
 def test_flags_that_cannot_act_are_refused(main, argv, words, refused_by):
